@@ -1,0 +1,320 @@
+"""The transformer: one file, one initialiser, TransformerLens names and head axes.
+
+Sites, in the order in which `edit` sees them (i counts layers from 0):
+  embed                          [position, d_model]   after token and position embedding
+  ln1.i                          [position, d_model]   what attention reads
+  q.i k.i v.i                    [position, head, d_head]
+  scores.i pattern.i             [head, query, key]    before and after the softmax
+  z.i                            [position, head, d_head]
+  attn_out.i, resid_mid.i        [position, d_model]
+  ln2.i                          [position, d_model]   what the MLP reads
+  mlp_post.i                     [position, d_mlp]     hidden activations
+  mlp_out.i, resid.i             [position, d_model]
+  normed, logits                 [position, d_model], [position, vocab]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from elegans.errors import Invalid
+from elegans.models.base import Component, Context, Dtype, Edit, Model, Params, Sizes
+from elegans.spec import Spec, field, spec, structure
+from elegans.types import Trace, no_edit
+
+ONE_HOT_VOCAB = 512  # up to here a one-hot product beats a gather, whose gradient is a scatter-add
+
+
+# ---- normalisation
+
+
+@spec
+class Norm(Component):
+    """Normalisation of each position's vector."""
+
+    abstract: ClassVar[bool] = True
+    eps: float = structure(1e-5, "added to the variance", gt=0)
+
+
+@spec
+class RMSNorm(Norm):
+    """x / rms(x) * w (Zhang and Sennrich 2019)."""
+
+    def init(self, key: jax.Array, sizes: Sizes) -> Params:
+        del key
+        return {"w": jnp.ones(sizes.d_model)}
+
+    def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
+        del context
+        f = x.astype(jnp.float32)
+        return (f * jax.lax.rsqrt((f * f).mean(-1, keepdims=True) + self.eps) * params["w"]).astype(x.dtype)
+
+
+@spec
+class LayerNorm(Norm):
+    """(x - mean) / sd * w + b (Ba, Kiros and Hinton 2016); b where the model has biases."""
+
+    def init(self, key: jax.Array, sizes: Sizes) -> Params:
+        del key
+        return {"w": jnp.ones(sizes.d_model), **sizes.biases(b=(sizes.d_model,))}
+
+    def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
+        del context
+        f = x.astype(jnp.float32)
+        f = f - f.mean(-1, keepdims=True)
+        f = f * jax.lax.rsqrt((f * f).mean(-1, keepdims=True) + self.eps) * params["w"]
+        return (f + params["b"] if "b" in params else f).astype(x.dtype)
+
+
+# ---- positions
+
+
+@spec
+class Positions(Spec):
+    """How the model knows where a token stands; the defaults know nothing."""
+
+    abstract: ClassVar[bool] = True
+
+    def init(self, key: jax.Array, sizes: Sizes) -> Params:
+        """Parameters of the position embedding, if it has any."""
+        del key, sizes
+        return {}
+
+    def embed(self, params: Params, x: Float[Array, "position d_model"]) -> Float[Array, "position d_model"]:
+        """Add positions to token embeddings."""
+        del params
+        return x
+
+    def rotate(self, x: Float[Array, "position head d_head"]) -> Float[Array, "position head d_head"]:
+        """Turn queries and keys."""
+        return x
+
+
+@spec
+class Rotary(Positions):
+    """Queries and keys turned by position (Su et al. 2021), in the half-split layout of Llama."""
+
+    theta: float = structure(10_000.0, "base of the wavelengths", gt=0)
+
+    def rotate(self, x: Float[Array, "position head d_head"]) -> Float[Array, "position head d_head"]:
+        t, _, e = x.shape
+        angles = np.outer(np.arange(t), self.theta ** (-np.arange(0, e, 2) / e))
+        cos, sin = (jnp.asarray(f(angles), x.dtype)[:, None] for f in (np.cos, np.sin))
+        a, b = jnp.split(x, 2, -1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+@spec
+class Learned(Positions):
+    """A learned vector for every position."""
+
+    def init(self, key: jax.Array, sizes: Sizes) -> Params:
+        return {"W_pos": sizes.embedding(key, sizes.positions, sizes.d_model)}
+
+    def embed(self, params: Params, x: Float[Array, "position d_model"]) -> Float[Array, "position d_model"]:
+        return x + params["W_pos"][: x.shape[0]].astype(x.dtype)
+
+
+# ---- attention
+
+
+@spec
+class Attention(Component):
+    """Causal softmax attention with full heads."""
+
+    scale: float = field(1.0, "factor on the scores, besides 1/sqrt(d_head)")
+
+    def init(self, key: jax.Array, sizes: Sizes) -> Params:
+        h, d, e = sizes.heads, sizes.d_model, sizes.d_head
+        keys = jax.random.split(key, 4)
+        made = {name: sizes.weight(k, h, d, e, fan_in=d) for name, k in zip(("W_Q", "W_K", "W_V"), keys, strict=False)}
+        made["W_O"] = sizes.weight(keys[3], h, e, d, fan_in=h * e)
+        return made | sizes.biases(b_Q=(h, e), b_K=(h, e), b_V=(h, e), b_O=(d,))
+
+    def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
+        site = context.site
+        q, k, v = (site(name, y) for name, y in zip("qkv", self._project(params, x, context), strict=True))
+        scores = jnp.einsum("qhe,khe->hqk", q, k, preferred_element_type=jnp.float32)
+        scores = site("scores", scores * (self.scale / q.shape[-1] ** 0.5))
+        causal = np.tri(x.shape[0], dtype=bool)
+        pattern = site("pattern", jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(scores.dtype).min)).astype(x.dtype))
+        z = site("z", jnp.einsum("hqk,khe->qhe", pattern, v))
+        return _linear(z.reshape(x.shape[0], -1), params["W_O"].reshape(-1, x.shape[1]), params.get("b_O"))
+
+    def _project(self, params: Params, x: Array, context: Context) -> tuple[Array, ...]:
+        """Queries, keys and values in one product, which is one large kernel instead of three."""
+        h, d, e = params["W_Q"].shape
+        w = jnp.concatenate([params[n].swapaxes(0, 1).reshape(d, h * e) for n in ("W_Q", "W_K", "W_V")], 1)
+        b = jnp.concatenate([params[n].reshape(-1) for n in ("b_Q", "b_K", "b_V")]) if "b_Q" in params else None
+        q, k, v = (y.reshape(-1, h, e) for y in jnp.split(_linear(x, w, b), 3, -1))
+        turn = context.positions.rotate if context.positions is not None else (lambda y: y)
+        return turn(q), turn(k), v
+
+
+# ---- MLP
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+@spec
+class MLP(Component):
+    """Two layers with an activation between them."""
+
+    ratio: float = structure(4.0, "hidden width over d_model", gt=0, le=64)
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = field("gelu", "gelu is the exact one")
+
+    def init(self, key: jax.Array, sizes: Sizes) -> Params:
+        d, f = sizes.d_model, max(1, round(self.ratio * sizes.d_model))
+        a, b = jax.random.split(key)
+        made = {"W_in": sizes.weight(a, d, f, fan_in=d), "W_out": sizes.weight(b, f, d, fan_in=f)}
+        return made | sizes.biases(b_in=(f,), b_out=(d,))
+
+    def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
+        hidden = _linear(x, params["W_in"], params.get("b_in"))
+        hidden = context.site("mlp_post", ACTIVATIONS[self.activation](hidden))
+        return _linear(hidden, params["W_out"], params.get("b_out"))
+
+
+@spec
+class SwiGLU(Component):
+    """silu(x W_gate) * (x W_in) W_out (Shazeer 2020); without a ratio its width is 2*ceil(floor(8d/3)/2), Llama's."""
+
+    kind: ClassVar[str] = "swiglu"
+    ratio: float | None = structure(None, "hidden width over d_model; none: Llama's 8/3, rounded to even", gt=0, le=64)
+
+    def init(self, key: jax.Array, sizes: Sizes) -> Params:
+        d = sizes.d_model
+        f = 2 * -(-(8 * d // 3) // 2) if self.ratio is None else max(1, round(self.ratio * d))
+        keys = jax.random.split(key, 3)
+        made = {name: sizes.weight(k, d, f, fan_in=d) for name, k in zip(("W_gate", "W_in"), keys, strict=False)}
+        made["W_out"] = sizes.weight(keys[2], f, d, fan_in=f)
+        return made | sizes.biases(b_gate=(f,), b_in=(f,), b_out=(d,))
+
+    def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
+        both = jnp.concatenate([params["W_gate"], params["W_in"]], 1)  # one product instead of two
+        bias = jnp.concatenate([params["b_gate"], params["b_in"]]) if "b_in" in params else None
+        gate, value = jnp.split(_linear(x, both, bias), 2, -1)
+        return _linear(context.site("mlp_post", jax.nn.silu(gate) * value), params["W_out"], params.get("b_out"))
+
+
+def _linear(x: Float[Array, "position a"], w: Float[Array, "a b"], b: Array | None) -> Float[Array, "position b"]:
+    y = x @ w.astype(x.dtype)
+    return y if b is None else y + b.astype(x.dtype)
+
+
+# ---- the model
+
+
+@spec
+class Transformer(Model):
+    """A decoder-only, pre-norm transformer. Every part can be off (none) or replaced by a component of your own.
+
+    FLOPs per token, forward and backward, for budgets (`flops_per_token`):
+      kaplan   6 * (12 * layers * d_model^2 + layers * positions * d_model), embeddings excluded, whatever
+               the MLP's width (Kaplan et al. 2020, with causal attention counted once)
+      matmul   6 * every weight that multiplies an activation, plus 12 * layers * positions * heads * d_head
+    """
+
+    layers: int = field(2, "blocks", ge=1, le=256)
+    d_model: int = field(64, "width of the residual stream", ge=1, le=65_536)
+    heads: int = field(4, "attention heads", ge=1, le=1024)
+    d_head: int | None = field(None, "width of a head; none: d_model / heads", ge=1, le=8192)
+    attention: Attention | None = field(Attention(), "the attention component")
+    mlp: Component | None = field(SwiGLU(), "the MLP component")
+    norm: Norm | None = field(RMSNorm(), "the normalisation before each component and at the end")
+    position: Positions | None = field(Rotary(), "how positions are known; none: only through the causal mask")
+    tied: bool = field(False, "unembed with the embedding's weights")
+    bias: bool = field(False, "biases in every linear map and LayerNorm")
+    dropout: float | None = field(None, "share of the residual updates dropped in training", ge=0, lt=1)
+    init_std: float | None = field(None, "sd of every initial weight; none: PyTorch's defaults", ge=0)
+    dtype: Literal["float32", "bfloat16", "tensorfloat32"] = field("float32", "compute type; master weights are float32")
+
+    def check(self) -> None:
+        if self.d_head is None and self.d_model % self.heads:
+            raise Invalid("d_model", self.d_model, f"allowed: a multiple of heads={self.heads}, or give d_head")
+        if isinstance(self.position, Rotary) and self._d_head % 2:
+            raise Invalid("d_head", self._d_head, "allowed with rotary positions: an even width")
+
+    @property
+    def _d_head(self) -> int:
+        return self.d_head or self.d_model // self.heads
+
+    def init(self, key: jax.Array, vocab: int, positions: int) -> Params:
+        sizes = Sizes(vocab, positions, self.d_model, self.heads, self._d_head, self.bias, self.init_std)
+        keys = jax.random.split(key, self.layers + 3)
+        params: dict[str, Any] = {"embed": {"W_E": sizes.embedding(keys[0], vocab, self.d_model)}}
+        params["pos_embed"] = self.position.init(keys[1], sizes) if self.position else {}
+        params["blocks"] = [self._init_block(k, sizes) for k in keys[3:]]
+        params["ln_final"] = self.norm.init(keys[2], sizes) if self.norm else {}
+        unembed = {} if self.tied else {"W_U": sizes.weight(keys[2], self.d_model, vocab, fan_in=self.d_model)}
+        return params | {"unembed": unembed}
+
+    def _init_block(self, key: jax.Array, sizes: Sizes) -> Params:
+        parts = {"ln1": self.norm, "attn": self.attention, "ln2": self.norm, "mlp": self.mlp}
+        keys = jax.random.split(key, 4)
+        return {name: part.init(k, sizes) if part else {} for (name, part), k in zip(parts.items(), keys, strict=True)}
+
+    def apply(
+        self, params: Params, tokens: Int[Array, " position"], *, edit: Edit = no_edit, key: jax.Array | None = None
+    ) -> tuple[Float[Array, "position vocab"], Trace]:
+        seen: dict[str, Any] = {}
+
+        def site(name: str, x: Any) -> Any:
+            seen[name] = x = edit(name, x)
+            return x
+
+        exact = jax.default_matmul_precision("highest") if self.dtype == "float32" else contextlib.nullcontext()
+        with exact:
+            x = site("embed", self._embed(params, tokens, key))
+            for i, block in enumerate(params["blocks"]):
+                layer_key = None if key is None else jax.random.fold_in(key, i + 1)
+                here = Context(tokens, lambda name, y, i=i: site(f"{name}.{i}", y), self.position, layer_key, self.dropout)
+                x = self._block(block, x, here)
+            x = site("normed", self.norm.apply(params["ln_final"], x, Context(tokens, site)) if self.norm else x)
+            w = params["embed"]["W_E"].T if self.tied else params["unembed"]["W_U"]
+            logits = site("logits", jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32))
+        return logits, Trace(seen)
+
+    def _embed(self, params: Params, tokens: Int[Array, " position"], key: jax.Array | None) -> Float[Array, "position d_model"]:
+        w, dtype = params["embed"]["W_E"], Dtype[self.dtype]
+        small = w.shape[0] <= ONE_HOT_VOCAB
+        x = jax.nn.one_hot(tokens, w.shape[0], dtype=dtype) @ w.astype(dtype) if small else w[tokens].astype(dtype)
+        x = self.position.embed(params["pos_embed"], x) if self.position else x
+        return Context(tokens, no_edit, key=key, dropout=self.dropout).drop(x, 0)
+
+    def _block(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
+        site = context.site
+        norm = self.norm.apply if self.norm else (lambda p, y, c: y)
+        if self.attention:
+            y = self.attention.apply(params["attn"], site("ln1", norm(params["ln1"], x, context)), context)
+            x = site("resid_mid", x + context.drop(site("attn_out", y), 0))
+        if self.mlp:
+            y = self.mlp.apply(params["mlp"], site("ln2", norm(params["ln2"], x, context)), context)
+            x = x + context.drop(site("mlp_out", y), 1)
+        return site("resid", x)
+
+    def probed_sites(self) -> dict[str, tuple[str, ...]]:
+        per_layer = {"resid": True, "attn_out": self.attention is not None, "mlp_out": self.mlp is not None}
+        layers = {f: tuple(f"{f}.{i}" for i in range(self.layers)) for f, present in per_layer.items() if present}
+        return {"embed": ("embed",), **layers}
+
+    def flops_per_token(self, vocab: int, positions: float, convention: str) -> float:
+        if convention == "kaplan":
+            return 6 * self.layers * (12 * self.d_model**2 + positions * self.d_model)
+        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0), vocab, 1))
+        weights = sum(w.size for w in jax.tree.leaves((shapes["blocks"], shapes["unembed"])) if w.ndim > 1)
+        weights += vocab * self.d_model if self.tied else 0
+        mixing = 12 * self.layers * positions * self.heads * self._d_head if self.attention else 0
+        return 6 * weights + mixing

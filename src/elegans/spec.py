@@ -1,0 +1,375 @@
+"""Specs: frozen dataclasses that are pytrees, and the identity of a run.
+
+A spec says what an experiment is. Its float fields, and those marked `varies()`, are *leaves*:
+numbers that may differ between the runs of one compiled program. Every other field is *structure*.
+`None` means off, and off is structure too: it flattens to a tree without that leaf.
+
+    @el.spec
+    class Scaled(el.Attention):
+        gain: float = 1.0          # a leaf: sweeping it needs no recompilation
+        window: int = 8            # structure: every value is a program of its own
+
+Nested specs are subtrees. Two runs whose trees have the same structure form a cohort.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union, dataclass_transform
+
+import jax
+
+from elegans.errors import Invalid
+
+T = TypeVar("T")
+INT_LIMIT = 2**31  # leaves travel to the device as int32
+_KINDS: dict[str, list[type[Spec]]] = {}
+
+
+# ---- declaring fields
+
+
+def field(
+    default: Any = dataclasses.MISSING,
+    doc: str = "",
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    role: Literal["auto", "leaf", "structure", "note"] = "auto",
+) -> Any:
+    """A spec's field with a one-line description and bounds. Floats are leaves unless `role` says otherwise."""
+    bounds = {k: v for k, v in {"gt": gt, "ge": ge, "lt": lt, "le": le}.items() if v is not None}
+    return dataclasses.field(default=default, metadata={"doc": doc, "bounds": bounds, "role": role})
+
+
+def varies(default: Any = dataclasses.MISSING, doc: str = "", **bounds: float) -> Any:
+    """A field that may differ inside a cohort although it is no float: `seed`, `steps`."""
+    return field(default, doc, role="leaf", **bounds)
+
+
+def structure(default: Any = dataclasses.MISSING, doc: str = "", **bounds: float) -> Any:
+    """A float that shapes the program (an MLP ratio, a split's share) and so separates cohorts."""
+    return field(default, doc, role="structure", **bounds)
+
+
+def note(default: Any = None, doc: str = "") -> Any:
+    """A field that means nothing to training: it is neither structure nor part of a run's identity."""
+    return field(default, doc, role="note")
+
+
+# ---- the decorator
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldInfo:
+    """What elegans knows of one field of a spec."""
+
+    name: str
+    types: tuple[Any, ...]  # alternatives of the annotation, without None
+    optional: bool
+    role: str  # leaf | spec | structure | note
+    bounds: Mapping[str, float]
+    doc: str
+    default: Any
+
+    @property
+    def base(self) -> type[Spec] | None:
+        """The spec class that this field holds (directly or in a tuple), if it holds one."""
+        for t in self.types:
+            inner = typing.get_args(t)[0] if typing.get_origin(t) is tuple else t
+            if isinstance(inner, type) and issubclass(inner, Spec):
+                return inner
+        return None
+
+    @property
+    def allowed(self) -> str:
+        """What may be given, in words."""
+        words = " or ".join(_type_words(t) for t in self.types) + (" or none" if self.optional else "")
+        signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+        return "allowed: " + " and ".join([words, *(f"{signs[k]} {v:g}" for k, v in self.bounds.items())])
+
+
+def _type_words(t: Any) -> str:
+    if typing.get_origin(t) is Literal:
+        return " | ".join(map(str, typing.get_args(t)))
+    if typing.get_origin(t) is tuple:
+        return f"a list of {_type_words(typing.get_args(t)[0])}"
+    if isinstance(t, type) and issubclass(t, Spec):
+        return f"a {t.__name__} ({', '.join(kinds(t))})"
+    return {int: "a whole number", float: "a finite number", str: "a word", bool: "true or false"}.get(t, str(t))
+
+
+def _info(cls: type) -> dict[str, FieldInfo]:
+    hints = typing.get_type_hints(cls)
+    infos = {}
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        union = typing.get_origin(hint) in (Union, types.UnionType)
+        options = typing.get_args(hint) if union else (hint,)
+        kept = tuple(t for t in options if t is not type(None))
+        asked = f.metadata.get("role", "auto")
+        info = FieldInfo(f.name, kept, len(kept) < len(options), asked, f.metadata.get("bounds", {}), f.metadata.get("doc", ""), f.default)
+        if asked == "auto":
+            role = "leaf" if float in kept else "spec" if info.base else "structure"
+            info = dataclasses.replace(info, role=role)
+        infos[f.name] = info
+    return infos
+
+
+class Spec:
+    """Base of every spec. Subclass it with `@spec`; override `check` to refuse contradictions."""
+
+    kind: typing.ClassVar[str]
+    infos: typing.ClassVar[dict[str, FieldInfo]]
+
+    def __post_init__(self) -> None:
+        if "infos" not in type(self).__dict__:
+            raise Invalid(type(self).__name__, "undecorated class", "write @el.spec above every subclass of a spec")
+        for info in self.infos.values():
+            object.__setattr__(self, info.name, _coerce(info, getattr(self, info.name)))
+        if not any(_is_array(leaf) for leaf in jax.tree.leaves(self)):
+            self.check()
+
+    def check(self) -> None:
+        """Raise `Invalid` where fields contradict each other. Sees plain Python values only."""
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field, varies, structure, note))
+def spec(cls: type[T]) -> type[T]:
+    """Make a class a spec: a frozen dataclass, a pytree, and a `kind` that YAML and stores can name."""
+    frozen: Any = dataclasses.dataclass(frozen=True, repr=False)(cls)
+    frozen.infos = _info(frozen)
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+    frozen.kind = cls.__dict__.get("kind", snake)
+    frozen.__repr__ = lambda self: f"{type(self).__name__}({', '.join(_changed(self))})"
+    inner = [i.name for i in frozen.infos.values() if i.role in ("leaf", "spec")]
+    outer = [i.name for i in frozen.infos.values() if i.role == "structure"]
+
+    def flatten(self: Any) -> tuple[tuple, tuple]:
+        return tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in inner), tuple(getattr(self, n) for n in outer)
+
+    def unflatten(aux: tuple, children: Iterable) -> Any:
+        self = object.__new__(frozen)  # no validation: leaves may be tracers or placeholders here
+        for n, v in itertools.chain(zip(outer, aux, strict=True), zip(inner, children, strict=True)):
+            object.__setattr__(self, n, v)
+        for info in frozen.infos.values():
+            if info.role == "note":
+                object.__setattr__(self, info.name, None)
+        return self
+
+    jax.tree_util.register_pytree_with_keys(frozen, flatten, unflatten)
+    _KINDS.setdefault(frozen.kind, []).append(frozen)
+    return frozen
+
+
+def _changed(self: Any) -> Iterable[str]:
+    return (f"{i.name}={getattr(self, i.name)!r}" for i in self.infos.values() if getattr(self, i.name) is not i.default)
+
+
+# ---- checking values
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _coerce(info: FieldInfo, value: Any) -> Any:
+    if value is None and info.optional:
+        return None
+    if _is_array(value) or type(value) is object:  # inside a transformation: nothing to check
+        return value
+    for t in info.types:
+        accepted = _accept(t, value)
+        if accepted is not None:
+            _check_bounds(info, accepted)
+            return accepted
+    raise Invalid(info.name, value, info.allowed)
+
+
+def _accept(t: Any, value: Any) -> Any:
+    """`value` as type `t`, or None where it is not one."""
+    if typing.get_origin(t) is Literal:
+        return value if value in typing.get_args(t) else None
+    if typing.get_origin(t) is tuple:
+        if not isinstance(value, (list, tuple, range)):
+            return None
+        items = tuple(_accept(typing.get_args(t)[0], v) for v in value)
+        return None if any(v is None for v in items) else items
+    if isinstance(value, bool) or t is bool:
+        return value if isinstance(value, bool) and t is bool else None
+    if t is float:
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return value if isinstance(value, t) else None
+
+
+def _check_bounds(info: FieldInfo, value: Any) -> None:
+    bounds = dict(info.bounds)
+    if info.role == "leaf" and isinstance(value, int):
+        bounds.setdefault("lt", INT_LIMIT)
+    tests = {"gt": lambda v, b: v > b, "ge": lambda v, b: v >= b, "lt": lambda v, b: v < b, "le": lambda v, b: v <= b}
+    for v in value if isinstance(value, tuple) else (value,):
+        if isinstance(v, (int, float)) and not all(tests[k](v, b) for k, b in bounds.items()):
+            raise Invalid(info.name, value, dataclasses.replace(info, bounds=bounds).allowed)
+
+
+# ---- kinds: how YAML, the command line and stores name classes
+
+
+def kinds(base: type[Spec]) -> list[str]:
+    """Names of the concrete specs that can stand where a `base` is expected."""
+    return sorted(k for k, classes in _KINDS.items() if any(issubclass(c, base) and not is_abstract(c) for c in classes))
+
+
+def is_abstract(cls: type[Spec]) -> bool:
+    """Whether a class only declares an interface (`abstract = True` in its own body)."""
+    return bool(cls.__dict__.get("abstract", False))
+
+
+def find_kind(base: type[Spec], kind: str) -> type[Spec]:
+    """The class that `kind` names among those that can stand for `base`; the newest definition of a file wins."""
+    found = [c for c in _KINDS.get(kind, []) if issubclass(c, base) and not is_abstract(c)]
+    homes = {(c.__module__, c.__qualname__) for c in found}
+    if not found:
+        raise Invalid("kind", kind, f"allowed: {', '.join(kinds(base))} (custom ones: name their file with --with)")
+    if len(homes) > 1:
+        where = " and ".join(sorted(f"{m}.{q}" for m, q in homes))
+        raise Invalid("kind", kind, f"the name is taken twice, by {where}: rename one class")
+    return found[-1]
+
+
+# ---- specs as plain data, and identity
+
+
+def to_dict(value: Any) -> Any:
+    """Plain JSON data of a spec. Options that are off as they are by default are left out, so new ones keep old ids."""
+    if isinstance(value, Spec):
+        kept = [i for i in value.infos.values() if i.role != "note" and not (i.default is None and getattr(value, i.name) is None)]
+        return {"kind": value.kind, **{i.name: to_dict(getattr(value, i.name)) for i in kept}}
+    return [to_dict(v) for v in value] if isinstance(value, tuple) else value
+
+
+def from_dict(base: type[T], data: Any, path: str = "") -> T:
+    """Build a spec from plain data: a mapping with an optional `kind`, or just the name of a kind.
+
+    Raises `Invalid` with the dotted path of the offending field.
+    """
+    try:
+        return _from_dict(base, data)
+    except Invalid as error:
+        raise (error.inside(path) if path else error) from None
+
+
+def _from_dict(base: Any, data: Any) -> Any:
+    if isinstance(data, base):
+        return data
+    data = {"kind": data} if isinstance(data, str) else data
+    if not isinstance(data, Mapping):
+        raise Invalid("", data, f"allowed: a {base.__name__}, as a mapping or one of {', '.join(kinds(base))}")
+    rest = {k: v for k, v in data.items() if k != "kind"}
+    cls = find_kind(base, data["kind"]) if "kind" in data else base
+    if is_abstract(cls):
+        raise Invalid("kind", None, f"allowed: {', '.join(kinds(base))}")
+    for name in rest:
+        if name not in cls.infos:
+            raise Invalid(str(name), rest[name], f"unknown field of {cls.kind}; allowed: {', '.join(cls.infos)}")
+    missing = [i.name for i in cls.infos.values() if i.default is dataclasses.MISSING and i.name not in rest]
+    if missing:
+        raise Invalid(missing[0], None, f"{cls.kind} needs it; {cls.infos[missing[0]].allowed}")
+    return cls(**{k: _field_from_dict(cls.infos[k], v) for k, v in rest.items()})
+
+
+def _field_from_dict(info: FieldInfo, value: Any) -> Any:
+    if info.base is None or value is None or isinstance(value, (int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(from_dict(info.base, v, f"{info.name}[{i}]") for i, v in enumerate(value))
+    return from_dict(info.base, value, info.name)
+
+
+def identity(value: Spec) -> str:
+    """Twelve hexadecimal digits that name a spec: the same in every process, on every machine and Python."""
+    text = json.dumps(to_dict(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# ---- editing and sweeping
+
+
+def get(value: Any, path: str) -> Any:
+    """The value at a dotted path. Raises `Invalid` with the fields there are."""
+    for name in path.split("."):
+        if not isinstance(value, Spec) or name not in value.infos:
+            names = ", ".join(value.infos) if isinstance(value, Spec) else "none: it is off or no spec"
+            raise Invalid(path, name, f"unknown field; fields here: {names}")
+        value = getattr(value, name)
+    return value
+
+
+def replace(value: T, path: str, new: Any) -> T:
+    """A copy of a spec with the field at a dotted path changed; `new` may be plain data or the name of a kind.
+
+    Naming a kind alone keeps nothing of the old spec: its fields are another class's.
+    """
+    name, _, rest = path.partition(".")
+    old = get(value, name)
+    base: Any = value
+    if rest and old is None and base.infos[name].base is not None:
+        raise Invalid(path, new, f"{name} is off; switch it on first, as {name}={kinds(base.infos[name].base)[0]}")
+    try:
+        made = replace(old, rest, new) if rest else _field_from_dict(base.infos[name], new)
+        return dataclasses.replace(base, **{name: made})
+    except Invalid as error:
+        raise (error.inside(name) if rest and not error.field.startswith(name) else error) from None
+
+
+def grid(run: T, axes: Mapping[str, Iterable[Any]]) -> list[T]:
+    """Every combination of the axes' values, the last axis fastest: `grid(run, {"optim.lr": [...], "seed": range(4)})`."""
+    values = {path: list(v) if not isinstance(v, str) else [v] for path, v in axes.items()}
+    for path, options in values.items():
+        if not options:
+            raise Invalid(path, [], "an empty sweep makes no runs; give at least one value")
+    runs = []
+    for choice in itertools.product(*values.values()):
+        made = run
+        for path, v in zip(values, choice, strict=True):
+            made = replace(made, path, v)
+        runs.append(made)
+    return runs
+
+
+def fill(template: str, value: Spec) -> str:
+    """A label's text: `fill("lr={optim.lr}", run)`."""
+    return re.sub(r"\{([\w.]+)\}", lambda m: _short(get(value, m.group(1))), template)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else value.kind if isinstance(value, Spec) else str(value)
+
+
+def leaves(value: Spec) -> dict[str, Any]:
+    """Dotted path to value of every leaf, in tree order."""
+    flat = jax.tree_util.tree_flatten_with_path(value)[0]
+    return {".".join(getattr(k, "name", str(getattr(k, "idx", k))) for k in path): leaf for path, leaf in flat}
+
+
+def fields(value: Spec, prefix: str = "") -> dict[str, Any]:
+    """Dotted path to plain value of every field, nested specs opened: what tables and labels show."""
+    found: dict[str, Any] = {}
+    for info in value.infos.values():
+        inner = getattr(value, info.name)
+        if isinstance(inner, Spec):
+            found[prefix + info.name] = inner.kind
+            found |= fields(inner, f"{prefix}{info.name}.")
+        else:
+            found[prefix + info.name] = inner
+    return found

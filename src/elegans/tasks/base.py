@@ -1,0 +1,137 @@
+"""What a task is: a language whose rows can be drawn on the device, with the truth behind each row."""
+
+from __future__ import annotations
+
+import abc
+from functools import cached_property
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, UInt32
+
+from elegans.errors import Invalid
+from elegans.randomness import Purpose, key_for, keyed_hash
+from elegans.spec import Spec, field, spec, structure
+from elegans.types import Example
+
+SMALL_SPACE = 2**16  # spaces with fewer contents are ranked and cut exactly
+PARTS = ("train", "validation", "test")
+
+
+@spec
+class Split(Spec):
+    """Which contents are for training, validation and test: decided by a keyed hash of the content itself."""
+
+    train: float = structure(0.9, "share of contents to train on", gt=0, lt=1)
+    validation: float = structure(0.05, "share of contents to select on", gt=0, lt=1)
+    key: int = field(0, "another key cuts the same contents otherwise", ge=0)
+
+    def check(self) -> None:
+        if self.train + self.validation >= 1:
+            raise Invalid("validation", self.validation, f"with train={self.train:g} nothing is left for test")
+
+    def cut(self, hashes: UInt32[Array, "..."]) -> Int[Array, "..."]:
+        """Part numbers (0 train, 1 validation, 2 test) of 32-bit hashes."""
+        first, second = (np.uint32(min(int(share * 2**32), 2**32 - 1)) for share in (self.train, self.train + self.validation))
+        return (hashes >= first).astype(np.int32) + (hashes >= second).astype(np.int32)
+
+    def table(self, contents: int) -> np.ndarray:
+        """Part of each of `contents` ranked contents, in exact shares. Raises `Invalid` if a part is empty."""
+        sizes = np.array([round(self.train * contents), round(self.validation * contents)])
+        sizes = np.append(sizes, contents - sizes.sum())
+        if (sizes <= 0).any():
+            raise Invalid("split", f"{contents} contents", f"{PARTS[int(sizes.argmin())]} would be empty: lengthen the task or say split=none")
+        hashes = np.asarray(keyed_hash(np.arange(contents, dtype=np.int32)[:, None], self.key))
+        parts = np.empty(contents, np.int32)
+        parts[np.argsort(hashes, kind="stable")] = np.repeat(np.arange(3), sizes)
+        return parts
+
+
+@spec
+class Task(Spec):
+    """A language. A new task is one class with `symbols`, `positions` and `sample`, and what it knows of its loss.
+
+    `symbols` is the vocabulary as text, `positions` the number of tokens in a row. `sample` draws one
+    example from a key. The rest has defaults: no floor known, no split, batches of independent examples.
+    """
+
+    abstract: ClassVar[bool] = True
+    split: Split | None = field(None, "how contents are divided; none: memorisation tasks")
+
+    @property
+    @abc.abstractmethod
+    def symbols(self) -> tuple[str, ...]:
+        """The text of every token id."""
+
+    @property
+    @abc.abstractmethod
+    def positions(self) -> int:
+        """Tokens in a row."""
+
+    @abc.abstractmethod
+    def sample(self, key: jax.Array, data: Any) -> Example:
+        """One example, drawn on the device. `data` is what `prepare` returned."""
+
+    def prepare(self) -> Any:
+        """Arrays that every example needs, made once on the host (a matrix, a corpus); `()` if none."""
+        return ()
+
+    def batch(self, keys: jax.Array, step: Any, progress: Any, data: Any) -> Example:
+        """A batch, one key an example. Override it for text, finite sets, curricula and ordered data.
+
+        `progress` runs from 0 to 1 over the run.
+        """
+        del step, progress
+        return jax.vmap(lambda key: self.sample(key, data))(keys)
+
+    def content(self, example: Example) -> Int[Array, " words"]:
+        """What makes two examples the same one for the split: int words; one word below `contents` if that is small."""
+        raise NotImplementedError(f"{type(self).__name__} has a split but defines no content()")
+
+    @property
+    def contents(self) -> int | None:
+        """How many contents there are, or None where that is 2**16 or more."""
+        return None
+
+    def floor(self) -> float | None:
+        """Irreducible loss of the unsplit law, nats per scored token; None where it is unknown."""
+        return None
+
+    def plateau(self) -> float | None:
+        """Best loss that sees only the output position, nats per scored token; None where it is unknown."""
+        return None
+
+    def scored_tokens(self) -> float:
+        """Mean number of scored tokens in a row; estimated from 4,096 rows unless a task says it exactly."""
+        keys = jax.random.split(key_for(0, Purpose.INSTRUMENT), 4096)
+        rows = jax.vmap(lambda key, data: self.sample(key, data).scored, (0, None))(keys, self.prepare())
+        return float(rows.sum(1).mean())
+
+    def mean_positions(self) -> float:
+        """Mean number of tokens before padding, the context that FLOP budgets count."""
+        return float(self.positions)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return len(self.symbols)
+
+    def text(self, tokens: Any) -> str:
+        """A row as text. Symbols of one character are joined, others are separated by spaces."""
+        words = [self.symbols[int(t)] for t in tokens]
+        return ("" if all(len(s) == 1 for s in self.symbols) else " ").join(words)
+
+    # ---- splits, for the engine
+
+    def split_table(self) -> np.ndarray | tuple:
+        """The part of each content, where the space is small enough to be cut exactly."""
+        if self.split is None or self.contents is None:
+            return ()
+        return self.split.table(self.contents)
+
+    def part(self, example: Example, table: Any) -> Int[Array, ""]:
+        """The part (0 train, 1 validation, 2 test) that one example belongs to."""
+        content = self.content(example)
+        if self.contents is not None:
+            return jax.numpy.asarray(table)[content[0]]
+        return self.split.cut(keyed_hash(content, self.split.key))

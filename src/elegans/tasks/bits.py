@@ -1,0 +1,45 @@
+"""Numbers as bits, least significant first: shared by the tasks of arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+def random_bits(key: jax.Array, *shape: int) -> Int[Array, "*shape"]:
+    """Independent fair bits."""
+    return jax.random.bernoulli(key, shape=shape).astype(jnp.int32)
+
+
+def pack(bits: Int[Array, " bit"]) -> Int[Array, " word"]:
+    """Bits as 16-bit words, least significant word first, so that int32 arithmetic never overflows."""
+    padded = jnp.pad(bits, (0, -bits.shape[0] % 16)).reshape(-1, 16)
+    return (padded << jnp.arange(16)).sum(1)
+
+
+def unordered(x: Int[Array, " word"], y: Int[Array, " word"]) -> tuple[Array, Array]:
+    """The smaller and the larger of two packed numbers: the content that x+y and y+x share."""
+    less = jnp.zeros((), bool)
+    for i in range(x.shape[0]):  # from the least significant word up: the last difference decides
+        less = jnp.where(x[i] == y[i], less, x[i] < y[i])
+    return jnp.where(less, x, y), jnp.where(less, y, x)
+
+
+def carries(x: Int[Array, " bit"], y: Int[Array, " bit"]) -> Int[Array, " bit"]:
+    """The carry out of every bit of x + y, in log2(bits) steps.
+
+    Carry-lookahead as a prefix scan: a bit generates a carry (x and y) or propagates one (x xor y).
+    """
+
+    def join(low: tuple[Array, Array], high: tuple[Array, Array]) -> tuple[Array, Array]:
+        return high[0] | (high[1] & low[0]), high[1] & low[1]
+
+    return jax.lax.associative_scan(join, (x & y, x ^ y))[0]
+
+
+def coin_entropy(p: float) -> float:
+    """Entropy of a coin that falls on one side with probability p, in nats."""
+    return sum(-q * math.log(q) for q in (p, 1 - p) if q > 0)

@@ -1,0 +1,79 @@
+"""Drawing batches and held-out sets that respect a task's split. Nothing here ever lets a content leak."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+from scipy.stats import binom
+
+from elegans.tasks.base import PARTS, Task
+from elegans.types import Example
+
+SHORTFALL = 1e-9  # accepted chance that a batch has to leave a row unscored
+TRIES = 2**16  # redraws of one held-out example before it is given up (left unscored)
+
+
+class TaskData(NamedTuple):
+    """What a run's task prepared on the host: its own arrays and the table of a split of a small space."""
+
+    prepared: Any
+    table: Any
+
+
+def prepare(task: Task) -> TaskData:
+    """Everything that drawing examples needs, as arrays. Raises `Invalid` where a part of the split is empty."""
+    return TaskData(task.prepare(), task.split_table())
+
+
+def candidates(task: Task, rows: int) -> int:
+    """How many candidates give `rows` training rows with probability 1 - SHORTFALL."""
+    if task.split is None:
+        return rows
+    drawn = rows
+    while binom.cdf(rows - 1, drawn, task.split.train) > SHORTFALL:
+        drawn += 1
+    return drawn
+
+
+def train_batch(task: Task, key: jax.Array, rows: int, step: Any, progress: Any, data: TaskData) -> Example:
+    """A batch of training rows: the first `rows` admissible ones of slightly more candidates.
+
+    One fixed-size draw, no loop: a loop whose length depends on data would stop a GPU at every step.
+    Where fewer candidates are admissible, the missing rows are left unscored.
+    """
+    keys = jax.random.split(key, candidates(task, rows))
+    drawn = task.batch(keys, step, progress, data.prepared)
+    if task.split is None:
+        return drawn
+    admitted = jax.vmap(lambda e: task.part(e, data.table))(drawn) == 0
+    order = jnp.argsort(~admitted, stable=True)[:rows]
+    kept = jax.tree.map(lambda a: a[order], drawn)
+    return Example(kept.tokens, kept.scored & admitted[order][:, None], kept.truth)
+
+
+def draw_set(task: Task, part: str, key: jax.Array, rows: int, data: TaskData) -> Example:
+    """`rows` independent examples of one part of the split, each redrawn until it belongs to it."""
+
+    def one(key: jax.Array) -> Example:
+        def sample(tries: Int[Array, ""]) -> Example:
+            return task.sample(jax.random.fold_in(key, tries), data.prepared)
+
+        if task.split is None:
+            return sample(jnp.int32(0))
+
+        def refused(carry: tuple[Array, Example]) -> Array:
+            return (task.part(carry[1], data.table) != PARTS.index(part)) & (carry[0] < TRIES)
+
+        tries, example = jax.lax.while_loop(refused, lambda c: (c[0] + 1, sample(c[0] + 1)), (jnp.int32(0), sample(jnp.int32(0))))
+        return Example(example.tokens, example.scored & (tries < TRIES), example.truth)
+
+    return jax.vmap(one)(jax.random.split(key, rows))
+
+
+def compact(tokens: Array, vocab: int) -> Array:
+    """Tokens in the smallest integer type that holds them, for keeping sets on the device."""
+    return tokens.astype(np.uint8 if vocab <= 256 else np.uint16 if vocab <= 2**16 else np.int32)

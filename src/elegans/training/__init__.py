@@ -1,0 +1,23 @@
+"""Training: optimisers, one run's step, the cohort, its plan and its checkpoints."""
+
+from elegans.training.optimisers import WSD, AdamW, Constant, Cosine, Linear, Optimizer, Schedule
+from elegans.training.run import At, Every, LogSpaced, Record, Run, When
+from elegans.training.step import State, Update
+
+__all__ = [
+    "WSD",
+    "AdamW",
+    "At",
+    "Constant",
+    "Cosine",
+    "Every",
+    "Linear",
+    "LogSpaced",
+    "Optimizer",
+    "Record",
+    "Run",
+    "Schedule",
+    "State",
+    "Update",
+    "When",
+]

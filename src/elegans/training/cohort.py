@@ -1,0 +1,225 @@
+"""The cohort: runs of one structure, stacked, and the programs that train and evaluate them together.
+
+Everything here is `jax.vmap` of what `step.py` says of one run. The step count is the cohort's own, so
+that a schedule of the step never becomes a branch for every replica.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from elegans.errors import Invalid
+from elegans.randomness import Purpose, key_for
+from elegans.tasks.sampling import TaskData, compact, draw_set, prepare
+from elegans.training.run import Run
+from elegans.training.step import RunData, State, advance, draw_data, logits_of, params_of, start, token_losses
+from elegans.types import Example
+
+CHUNK = 256  # steps whose metrics are kept on the device before they travel to the host
+
+# ---- grouping and stacking
+
+
+def resolve(run: Run) -> Run:
+    """The run as the engine sees it: its length in steps, every seed explicit, no label."""
+    return dataclasses.replace(
+        run,
+        steps=run.length,
+        examples=None,
+        epochs=None,
+        flops=None,
+        label=None,
+        data_seed=run.seed if run.data_seed is None else run.data_seed,
+        init_seed=run.seed if run.init_seed is None else run.init_seed,
+    )
+
+
+def group(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs by structure, in the order in which structures first appear."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(jax.tree.structure(resolve(run)), []).append(run)
+    return list(groups.values())
+
+
+def stack(runs: Sequence[Run]) -> Run:
+    """One Run whose leaves have a leading replica axis: int32 or float32."""
+
+    def column(*values: Any) -> np.ndarray:
+        return np.asarray(values, np.int32 if isinstance(values[0], int) else np.float32)
+
+    return jax.tree.map(column, *[resolve(run) for run in runs])
+
+
+def share(runs: Sequence[Run]) -> tuple[TaskData, Any]:
+    """The runs' task data, and for every array whether it is shared (None) or stacked over replicas (0)."""
+    made: dict[Any, TaskData] = {}
+    columns = [made.setdefault(run.task, None) or made.__setitem__(run.task, prepare(run.task)) or made[run.task] for run in runs]
+    flat = [jax.tree.flatten(data) for data in columns]
+    arrays, axes = [], []
+    for values in zip(*(leaves for leaves, _ in flat), strict=True):
+        equal = all(v is values[0] or np.array_equal(v, values[0]) for v in values)
+        arrays.append(np.asarray(values[0]) if equal else np.stack(values))
+        axes.append(None if equal else 0)
+    return jax.tree.unflatten(flat[0][1], arrays), jax.tree.unflatten(flat[0][1], axes)
+
+
+# ---- what one replica does at an evaluation
+
+
+class HeldOut(NamedTuple):
+    """A run's validation and test examples."""
+
+    validation: Example
+    test: Example
+
+
+def draw_held_out(run: Run, task: TaskData) -> HeldOut:
+    """The run's held-out examples: functions of its data seed alone."""
+
+    def one(part: str, purpose: Purpose) -> Example:
+        rows = draw_set(run.task, part, key_for(run.data_seed, purpose), run.record.examples, task)
+        return Example(compact(rows.tokens, run.task.vocab_size), rows.scored)
+
+    return HeldOut(one("validation", Purpose.VALIDATION), one("test", Purpose.TEST))
+
+
+class Evaluation(NamedTuple):
+    """Scores of one replica on a set of examples."""
+
+    loss: Float[Array, ""]  # nats per scored token
+    accuracy: Float[Array, ""]  # per scored token
+    exact_match: Float[Array, ""]  # per row
+    position_loss: Float[Array, " position"]  # nats, of predicting the token at each position; NaN where none is scored
+
+
+def evaluate(run: Run, vector: Float[Array, " parameter"], rows: Example) -> Evaluation:
+    """Scores on a set, in blocks of the run's batch size so that memory does not grow with the set."""
+    params = params_of(run, vector)
+    total = rows.tokens.shape[0]
+    size = min(run.batch, total)
+    padding = -total % size
+    blocks = jax.tree.map(lambda a: jnp.pad(a, [(0, padding), (0, 0)]).reshape(-1, size, a.shape[1]), rows)
+
+    def block(rows: Example) -> tuple[Array, Array, Array, Array]:
+        tokens, counted = rows.tokens.astype(jnp.int32), rows.scored[:, 1:]
+        logits = logits_of(run, params, tokens)
+        right = (logits.argmax(-1) == tokens[:, 1:]) & counted
+        exact = (right | ~counted).all(1) & counted.any(1)
+        return (token_losses(logits, tokens) * counted).sum(0), right.sum(), exact.sum(), counted.sum(0)
+
+    nats, right, exact, counted = (x.sum(0) for x in jax.lax.map(block, blocks))
+    tokens = jnp.maximum(counted.sum(), 1)
+    by_position = jnp.where(counted > 0, nats / jnp.maximum(counted, 1), jnp.nan)
+    return Evaluation(nats.sum() / tokens, right / tokens, exact / jnp.maximum(rows.scored.any(1).sum(), 1), by_position)
+
+
+# ---- the compiled cohort
+
+
+class Programs:
+    """The compiled programs of one structure at one size. Compilation happens on first use of each."""
+
+    def __init__(self, runs: Sequence[Run], device: jax.Device):
+        self.size, self.device = len(runs), device
+        task, self.axes = share(runs)
+        self.runs, self.task = jax.device_put((stack(runs), task), device)
+        over = {"axis_name": "replica"}
+        data_axes = RunData(self.axes, 0)
+        self._start = jax.jit(jax.vmap(start, **over))
+        self._data = jax.jit(jax.vmap(draw_data, (0, self.axes), RunData(None, 0), **over))
+        self._held_out = jax.jit(jax.vmap(draw_held_out, (0, self.axes), **over))
+        self._evaluate = jax.jit(jax.vmap(evaluate, **over))
+        self._step = jax.vmap(lambda run, state, data, step: advance(run, state, step, data), (0, 0, data_axes, None), **over)
+        self._chunk = jax.jit(functools.partial(_chunk, self._step), donate_argnums=1)
+        self.metrics: tuple[str, ...] = ()
+        self._compiled: Any = None
+        self._rows: HeldOut | None = None
+        self._drawn: RunData | None = None
+
+    def start(self) -> State:
+        """Untrained states, stacked."""
+        return self._start(self.runs)
+
+    @property
+    def data(self) -> RunData:
+        """What the runs draw from, on the device."""
+        if self._drawn is None:
+            finite = self._data(self.runs, self.task).finite if jax.tree.leaves(self.runs.train_set) or self.runs.train_set else None
+            self._drawn = RunData(self.task, finite)
+        return self._drawn
+
+    def compile(self) -> Any:
+        """The training program. Raises `Invalid` where custom code branches on a leaf."""
+        if self._compiled is None:
+            states = jax.eval_shape(self._start, self.runs)
+            args = (self.runs, states, self.data, np.int32(0))
+            self.metrics = tuple(jax.eval_shape(self._step, *args)[1])
+            self._compiled = self._chunk.lower(*args, np.int32(1)).compile()
+        return self._compiled
+
+    def chunk(self, states: State, step: int, steps: int) -> tuple[State, dict[str, Float[Array, "step replica"]]]:
+        """`steps` optimiser steps (at most CHUNK) from `step`: new states, and the metrics of every step."""
+        states, buffer = self.compile()(self.runs, states, self.data, np.int32(step), np.int32(steps))
+        return states, dict(zip(self.metrics, np.asarray(buffer)[:, :steps], strict=True))
+
+    def evaluate(self, params: Any, part: str) -> Evaluation:
+        """Scores of every replica on its own held-out examples of a part."""
+        if self._rows is None:
+            self._rows = self._held_out(self.runs, self.task)
+        return jax.tree.map(np.asarray, self._evaluate(self.runs, params, getattr(self._rows, part)))
+
+    def bytes(self) -> int:
+        """Device memory of the training program: arguments, results and temporaries, as compiled."""
+        m = self.compile().memory_analysis()
+        return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+
+
+def _chunk(step: Any, runs: Run, states: State, data: RunData, first: Int[Array, ""], steps: Int[Array, ""]) -> tuple[State, Array]:
+    """Steps first..first+steps of every replica: new states, and metrics [metric, step, replica].
+
+    The trip count is data, so that a chunk of any length is the same program, with the same bits.
+    """
+    names = jax.eval_shape(step, runs, states, data, first)[1]
+    replicas = states.diverged.shape[0]
+
+    def body(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
+        states, metrics = step(runs, carry[0], data, first + i)
+        return states, carry[1].at[:, i].set(jnp.stack([metrics[name].astype(jnp.float32) for name in names]))
+
+    return jax.lax.fori_loop(0, steps, body, (states, jnp.full((len(names), CHUNK, replicas), jnp.nan, jnp.float32)))
+
+
+# ---- errors of custom code
+
+
+def check_traceable(run: Run) -> None:
+    """Trace one step of one run, compiling nothing: finds code that branches on a leaf and names the field.
+
+    Raises `Invalid`.
+    """
+    resolved, task = resolve(run), prepare(run.task)
+
+    def whole(run: Run) -> Any:
+        data = draw_data(run, task)
+        return advance(run, start(run), jnp.int32(0), data)
+
+    try:
+        jax.eval_shape(whole, jax.tree.map(jnp.asarray, resolved))
+    except jax.errors.ConcretizationTypeError as error:
+        raise Invalid(_leaf_in(str(error), run), "a traced number", "a leaf cannot be branched on: use jnp.where, or mark it structure()") from error
+
+
+def _leaf_in(message: str, run: Run) -> str:
+    """The dotted path of the leaf that JAX's message names, as `run.optim.lr`."""
+    found = re.search(r"\brun\.([\w.]+)", message)
+    return found.group(1).rstrip(".") if found else type(run).__name__

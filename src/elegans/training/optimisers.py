@@ -1,0 +1,163 @@
+"""Optimisers and schedules, as specs. Schedules are plain functions of (step, steps): both may be traced."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from elegans.errors import Invalid
+from elegans.spec import Spec, field, spec, varies
+
+Scalar = Any  # a number, or a traced one
+
+
+@spec
+class Schedule(Spec):
+    """The learning rate's factor over a run: a linear warm-up from `start` to 1, then `shape` of the rest.
+
+    With W warm-up steps, step s < W has the factor start + (1 - start) * s / W; a later one
+    shape((s - W) / (steps - W)).
+    """
+
+    abstract: ClassVar[bool] = True
+    warmup: float = field(0.0, "share of the run that warms up", ge=0, lt=1)
+    warmup_steps: int | None = varies(None, "warm-up in steps instead", ge=0)
+    start: float = field(0.0, "factor at step 0 where there is a warm-up", ge=0, le=1)
+
+    def check(self) -> None:
+        if self.warmup_steps is not None and self.warmup > 0:
+            raise Invalid("warmup_steps", self.warmup_steps, "allowed: warmup or warmup_steps, not both")
+
+    def factor(self, step: Int[Array, ""], steps: Scalar) -> Float[Array, ""]:
+        """The factor on the learning rate at a step (from 0) of a run of `steps`."""
+        steps = jnp.asarray(steps, jnp.float32)
+        warm = jnp.asarray(self.warmup * steps if self.warmup_steps is None else self.warmup_steps, jnp.float32)
+        step = jnp.asarray(step, jnp.float32)
+        ramp = self.start + (1 - self.start) * step / jnp.maximum(warm, 1)
+        rest = self.shape(jnp.clip((step - warm) / jnp.maximum(steps - warm, 1), 0, 1))
+        return jnp.where(step < warm, ramp, rest)
+
+    @abc.abstractmethod
+    def shape(self, t: Float[Array, ""]) -> Float[Array, ""]:
+        """The factor after warm-up, t from 0 to 1."""
+
+
+@spec
+class Constant(Schedule):
+    """Warm-up, then constant."""
+
+    def shape(self, t: Float[Array, ""]) -> Float[Array, ""]:
+        return jnp.ones_like(t)
+
+
+@spec
+class Cosine(Schedule):
+    """Half a cosine from 1 to `end` (Loshchilov and Hutter 2017, without restarts)."""
+
+    end: float = field(0.1, "factor at the end", ge=0, le=1)
+
+    def shape(self, t: Float[Array, ""]) -> Float[Array, ""]:
+        return self.end + (1 - self.end) * 0.5 * (1 + jnp.cos(jnp.pi * t))
+
+
+@spec
+class Linear(Schedule):
+    """A straight line from 1 to `end`."""
+
+    end: float = field(0.0, "factor at the end", ge=0, le=1)
+
+    def shape(self, t: Float[Array, ""]) -> Float[Array, ""]:
+        return 1 + (self.end - 1) * t
+
+
+@spec
+class WSD(Schedule):
+    """Warm-up, stable, then a linear decay to `end` over the last `decay` of what follows the warm-up."""
+
+    kind: ClassVar[str] = "wsd"
+    decay: float = field(0.2, "share of the steps after warm-up that decay", gt=0, le=1)
+    end: float = field(0.0, "factor at the end", ge=0, le=1)
+
+    def shape(self, t: Float[Array, ""]) -> Float[Array, ""]:
+        return 1 + (self.end - 1) * jnp.clip((t - (1 - self.decay)) / self.decay, 0, 1)
+
+
+def ravel(tree: Any) -> Float[Array, " parameter"]:
+    """All parameters as one vector, in tree order. Updating one vector is one kernel, not one for every matrix."""
+    return jnp.concatenate([w.reshape(-1) for w in jax.tree.leaves(tree)])
+
+
+def unravel(vector: Float[Array, "*lead parameter"], like: Any) -> Any:
+    """The tree of a vector, or of many along leading axes; `like` has the shapes of one. Works on NumPy arrays too."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = np.cumsum([w.size for w in leaves])
+    parts = [vector[..., end - w.size : end].reshape(*vector.shape[:-1], *w.shape) for w, end in zip(leaves, ends, strict=True)]
+    return jax.tree.unflatten(treedef, parts)
+
+
+class Updated(NamedTuple):
+    """What one optimiser update made."""
+
+    params: Float[Array, " parameter"]
+    state: Any
+    grad_norm: Float[Array, ""]  # before clipping
+
+
+@spec
+class Optimizer(Spec):
+    """How gradients change parameters. Subclass it with `transform`, an optax gradient transformation.
+
+    The transformation sees all parameters as one vector: one update kernel and one norm instead of
+    one for every matrix, which matters where a model is small.
+    """
+
+    abstract: ClassVar[bool] = True
+    lr: float = field(1e-3, "peak learning rate", gt=0)
+    clip: float | None = field(1.0, "largest global gradient norm; none: no clipping", gt=0)
+    schedule: Schedule = field(Constant(), "the learning rate's factor over the run")
+
+    @abc.abstractmethod
+    def transform(self, lr: Scalar, matrices: Bool[np.ndarray, " parameter"]) -> optax.GradientTransformation:
+        """The update rule at a learning rate; `matrices` marks the parameters that belong to matrices."""
+
+    def _transform(self, lr: Scalar, like: Any) -> optax.GradientTransformation:
+        matrices = np.concatenate([np.full(w.size, w.ndim > 1) for w in jax.tree.leaves(like)])
+        rule = self.transform(lr, matrices)
+        return rule if self.clip is None else optax.chain(optax.clip_by_global_norm(self.clip), rule)
+
+    def init(self, params: Float[Array, " parameter"], like: Any) -> Any:
+        """The optimiser's state for a vector of parameters; `like` is their tree (arrays or shapes)."""
+        return self._transform(self.lr, like).init(params)
+
+    def update(self, grads: Any, state: Any, params: Float[Array, " parameter"], step: Int[Array, ""], steps: Scalar) -> Updated:
+        """One update of the vector at a step (from 0) of a run of `steps`; gradients come as a tree."""
+        gradient = ravel(grads)
+        rule = self._transform(self.lr * self.schedule.factor(step, steps), grads)
+        change, state = rule.update(gradient, state, params)
+        return Updated(params + change, state, jnp.sqrt(jnp.sum(gradient * gradient)))
+
+
+@spec
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019); p <- p - lr * (m / (sqrt(v) + eps) + decay * p)."""
+
+    kind: ClassVar[str] = "adamw"
+    weight_decay: float = field(0.1, "decoupled weight decay, per unit of learning rate", ge=0)
+    b1: float = field(0.9, "decay of the gradient's mean", ge=0, lt=1)
+    b2: float = field(0.95, "decay of the gradient's second moment", ge=0, lt=1)
+    eps: float = field(1e-8, "added to the root of the second moment", gt=0)
+    decay: Literal["all", "matrices"] = field("all", "which parameters decay")
+
+    def transform(self, lr: Scalar, matrices: Bool[np.ndarray, " parameter"]) -> optax.GradientTransformation:
+        def decay(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            decaying = params if self.decay == "all" else jnp.where(matrices, params, 0)
+            return -lr * (updates + self.weight_decay * decaying), state
+
+        scaled_decay = optax.GradientTransformation(lambda params: optax.EmptyState(), decay)
+        return optax.chain(optax.scale_by_adam(self.b1, self.b2, self.eps), scaled_decay)

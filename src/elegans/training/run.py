@@ -1,0 +1,130 @@
+"""A Run: everything that decides what a training produces. And when what is recorded."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from elegans.errors import Invalid
+from elegans.models import Model
+from elegans.spec import INT_LIMIT, Spec, field, identity, note, spec, varies
+from elegans.tasks import Task
+from elegans.training.optimisers import AdamW, Optimizer
+from elegans.training.step import Update
+
+# ---- what to record, and when
+
+
+@spec
+class When(Spec):
+    """At which steps something happens. Step s is the state after s updates; step 0 is the untrained network."""
+
+    abstract: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def upto(self, steps: int) -> list[int]:
+        """The steps of a run of `steps` updates, ascending; 0 and the last one are always among them."""
+
+
+@spec
+class LogSpaced(When):
+    """Evenly spaced on a logarithmic axis: 0, 1, ..., the last."""
+
+    per_decade: int = field(10, "points between 1 and 10, 10 and 100, ...", ge=1, le=1000)
+
+    def upto(self, steps: int) -> list[int]:
+        points = 10 ** (np.arange(int(math.log10(steps) * self.per_decade) + 1) / self.per_decade)
+        return sorted({0, *np.rint(points).astype(int).tolist(), steps})
+
+
+@spec
+class Every(When):
+    """Every so many steps."""
+
+    steps: int = field(100, "distance between two of them", ge=1)
+
+    def upto(self, steps: int) -> list[int]:
+        return sorted({*range(0, steps + 1, self.steps), steps})
+
+
+@spec
+class At(When):
+    """At given steps."""
+
+    steps: tuple[int, ...] = field((), "the steps", ge=0)
+
+    def upto(self, steps: int) -> list[int]:
+        return sorted({0, *(s for s in self.steps if s < steps), steps})
+
+
+@spec
+class Record(Spec):
+    """What a run records. Held-out examples are drawn once a run and are the same at every evaluation."""
+
+    train: When = field(LogSpaced(per_decade=50), "training metrics of single batches")
+    evaluate: When = field(LogSpaced(per_decade=10), "metrics on validation examples; test ones at the end of the run")
+    weights: When | None = field(None, "parameters for instruments; none: only the final ones")
+    examples: int = field(512, "validation examples, and as many test examples", ge=1, le=1_000_000)
+    by_position: bool = field(True, "also the loss at every position")
+
+
+# ---- the run
+
+
+@spec
+class Run(Spec):
+    """One training: a task, a model, an optimiser, and how long. Its length is exactly one of
+    steps, examples, epochs (of a finite training set) or flops."""
+
+    task: Task
+    model: Model
+    optim: Optimizer = field(AdamW(), "the optimiser")
+    batch: int = field(64, "rows in a batch", ge=1, le=1_000_000)
+    steps: int | None = varies(None, "length in optimiser steps", ge=1)
+    examples: float | None = field(None, "length in training rows", gt=0)
+    epochs: float | None = field(None, "length in passes over the finite training set", gt=0)
+    flops: float | None = field(None, "length in training FLOPs", gt=0)
+    count: Literal["kaplan", "matmul"] = field("kaplan", "convention of FLOPs, see `Transformer`")
+    train_set: int | None = field(None, "rows of a finite training set; none: fresh rows at every step", ge=1, le=INT_LIMIT // 2)
+    seed: int = varies(0, "seed of everything random", ge=0)
+    data_seed: int | None = varies(None, "seed of the data; none: the run's", ge=0)
+    init_seed: int | None = varies(None, "seed of the initial weights; none: the run's", ge=0)
+    update: Update = field(Update(), "one training step: loss, gradients, metrics")
+    record: Record = field(Record(), "what to record, and when")
+    label: str | None = note(None, "name shown for the run, such as lr={optim.lr}")
+
+    def check(self) -> None:
+        lengths = {n: getattr(self, n) for n in ("steps", "examples", "epochs", "flops")}
+        given = [n for n, v in lengths.items() if v is not None]
+        if len(given) != 1:
+            raise Invalid("steps", None if not given else given, "allowed: exactly one of steps, examples, epochs, flops")
+        if self.epochs is not None and self.train_set is None:
+            raise Invalid("epochs", self.epochs, "needs a finite training set: give train_set")
+        if self.length >= INT_LIMIT:
+            raise Invalid(given[0], lengths[given[0]], f"{self.length} steps are more than the {INT_LIMIT - 1} allowed")
+        if self.train_set is not None and self.length * self.batch >= INT_LIMIT:
+            raise Invalid("train_set", self.train_set, f"allowed: fewer than {INT_LIMIT} rows in all; use fresh rows for longer runs")
+
+    @property
+    def flops_per_step(self) -> float:
+        """Training FLOPs of one step by the run's convention."""
+        positions = self.task.mean_positions()
+        per_token = self.model.flops_per_token(self.task.vocab_size, positions, self.count)
+        return per_token * self.batch * positions
+
+    @property
+    def length(self) -> int:
+        """Optimiser steps: the smallest number that reaches the asked length."""
+        if self.steps is not None:
+            return self.steps
+        if self.flops is not None:
+            return max(1, math.ceil(self.flops / self.flops_per_step))
+        rows = self.examples if self.examples is not None else (self.epochs or 0) * (self.train_set or 0)
+        return max(1, math.ceil(rows / self.batch))
+
+    @property
+    def id(self) -> str:
+        return identity(self)

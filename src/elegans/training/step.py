@@ -1,0 +1,153 @@
+"""One training step of one run. The cohort is a transform of what stands here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from elegans.randomness import Purpose, key_for, shuffled_index
+from elegans.spec import Spec, spec
+from elegans.tasks.sampling import TaskData, compact, draw_set, train_batch
+from elegans.training.optimisers import ravel, unravel
+from elegans.types import Example
+
+if TYPE_CHECKING:
+    from elegans.training.run import Run
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a run carries from step to step (its step count is the cohort's). `params_of` gives the tree of weights."""
+
+    params: Float[Array, " parameter"]  # every weight, in tree order
+    opt: Any
+    diverged: Int[Array, ""]  # the step of the first non-finite loss, gradient or parameter; -1: none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run draws from: its task's arrays, and its finite training set if it has one."""
+
+    task: TaskData
+    finite: Example | None = None
+
+
+# ---- scores
+
+
+def token_losses(logits: Float[Array, "*b position vocab"], tokens: Int[Array, "*b position1"]) -> Float[Array, "*b position"]:
+    """Nats of every next token. A one-hot product, whose gradient is no scatter."""
+    target = jax.nn.one_hot(tokens[..., 1:], logits.shape[-1], dtype=logits.dtype)
+    return jax.nn.logsumexp(logits, -1) - (target * logits).sum(-1)
+
+
+def scores(logits: Float[Array, "batch position vocab"], example: Example) -> tuple[Float[Array, ""], Metrics]:
+    """Mean nats per scored token of a batch; accuracy per scored token; share of rows right at every scored token.
+
+    Rows without scored tokens count nowhere.
+    """
+    counted = example.scored[:, 1:]
+    nats = token_losses(logits, example.tokens)
+    right = (logits.argmax(-1) == example.tokens[:, 1:]) | ~counted
+    rows, tokens = counted.any(1), jnp.maximum(counted.sum(), 1)
+    metrics = {
+        "accuracy": (right & counted).sum() / tokens,
+        "exact_match": (right.all(1) & rows).sum() / jnp.maximum(rows.sum(), 1),
+    }
+    return (nats * counted).sum() / tokens, metrics
+
+
+def logits_of(run: Run, params: Any, tokens: Int[Array, "batch position"], key: jax.Array | None = None) -> Float[Array, "batch position vocab"]:
+    """Logits before every token but the first. The batch is the axis named "batch"."""
+
+    def one(tokens: Array, row: Array) -> Array:
+        row_key = None if key is None else jax.random.fold_in(key, row)
+        return run.model.apply(params, tokens[:-1], key=row_key)[0]
+
+    return jax.vmap(one, axis_name="batch")(tokens, jnp.arange(tokens.shape[0]))
+
+
+# ---- the step
+
+
+@spec
+class Update(Spec):
+    """One step of training. Subclass it to change the training loop: `loss` or the whole of `apply`."""
+
+    def loss(self, run: Run, params: Any, batch: Example, key: jax.Array) -> tuple[Float[Array, ""], Metrics]:
+        """The loss that is differentiated, and what else to record of the batch (scalars)."""
+        return scores(logits_of(run, params, batch.tokens, key), batch)
+
+    def apply(self, run: Run, state: State, batch: Example, step: Int[Array, ""], key: jax.Array) -> tuple[State, Metrics]:
+        """The next state, and the metrics: scalars, `loss` and `grad_norm` among them."""
+        params = params_of(run, state.params)
+        (loss, metrics), grads = jax.value_and_grad(lambda p: self.loss(run, p, batch, key), has_aux=True)(params)
+        made = run.optim.update(grads, state.opt, state.params, step, run.steps)
+        metrics = {"loss": loss, **metrics, "grad_norm": made.grad_norm}
+        return State(made.params, made.state, state.diverged), metrics
+
+
+def initial(run: Run) -> Any:
+    """The tree of initial weights."""
+    return run.model.init(key_for(run.init_seed, Purpose.INIT), run.task.vocab_size, run.task.positions)
+
+
+def shapes_of(run: Run) -> Any:
+    """The tree of the weights' shapes, computing nothing."""
+    return jax.eval_shape(lambda: initial(run))
+
+
+def params_of(run: Run, vector: Float[Array, "*lead parameter"]) -> Any:
+    """The tree of weights of a vector of parameters, or of many."""
+    return unravel(vector, shapes_of(run))
+
+
+def start(run: Run) -> State:
+    """The untrained run."""
+    params = initial(run)
+    vector = ravel(params)
+    return State(vector, run.optim.init(vector, params), jnp.int32(-1))
+
+
+def draw_data(run: Run, task: TaskData) -> RunData:
+    """What the run draws its batches from; a finite training set is drawn here, once."""
+    if run.train_set is None:
+        return RunData(task)
+    rows = draw_set(run.task, "train", key_for(run.data_seed, Purpose.DATA), run.train_set, task)
+    return RunData(task, Example(compact(rows.tokens, run.task.vocab_size), rows.scored))
+
+
+def draw_batch(run: Run, step: Int[Array, ""], data: RunData) -> Example:
+    """The batch of a step: fresh rows, or the next ones of a shuffled pass over the finite training set."""
+    if data.finite is None or run.train_set is None:
+        key = key_for(run.data_seed, Purpose.DATA, step)
+        return train_batch(run.task, key, run.batch, step, step / run.steps, data.task)
+    size = run.train_set
+    row = step * run.batch + jnp.arange(run.batch)  # below 2^31, as Run checks
+    index = jax.vmap(lambda r: shuffled_index(r % size, size, key_for(run.data_seed, Purpose.ORDER, r // size)))(row)
+    return Example(data.finite.tokens[index].astype(jnp.int32), data.finite.scored[index])
+
+
+def advance(run: Run, state: State, step: Int[Array, ""], data: RunData) -> tuple[State, Metrics]:
+    """One optimiser step. A run past its last step, or diverged, stands still; its metrics are NaN.
+
+    Diverged: a metric (the loss, the norm of the gradient) or a new parameter is not finite. Whether the
+    metrics are is known before the update and stops it; whether the new parameters are would need a
+    second pass over them, so that update is kept, and is the last one.
+    """
+    batch = draw_batch(run, step, data)
+    new, metrics = run.update.apply(run, state, batch, step, key_for(run.seed, Purpose.DROPOUT, step))
+    live = (step < run.steps) & (state.diverged < 0)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    kept = jax.tree.map(lambda a, b: jnp.where(live & finite, a, b), (new.params, new.opt), (state.params, state.opt))
+    well = finite & jnp.isfinite(new.params).all()
+    diverged = jnp.where(live & ~well, step, state.diverged)
+    return State(*kept, diverged), {k: jnp.where(live, v, jnp.nan) for k, v in metrics.items()}

@@ -1,0 +1,61 @@
+"""The values that flow along the line, and the names of their axes.
+
+Axes, everywhere: replica, batch, position, vocab, layer, head, d_model, d_head, d_mlp.
+Tasks, models and instruments are written for one example or one replica; the other axes are transforms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+TruthKind = Literal["binary", "multilabel", "categorical", "number"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """One named intermediate value of the algorithm that a task's answer follows.
+
+    `values[i]` is read from the network at token `positions[i]`; a position of -1 says that this
+    example has no such value (a shorter row). `kind` is `binary`, `multilabel` (a further axis of
+    binary labels), `categorical` or `number`.
+    """
+
+    values: Int[Array, "reads *label"]
+    positions: Int[Array, " reads"]
+    kind: TruthKind = dataclasses.field(default="binary", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One row of a language: its tokens, which of them count, and the truth behind them.
+
+    `scored[i]` says that predicting token i from the tokens before it counts towards loss and
+    accuracy; token 0 has nothing before it and never counts.
+    """
+
+    tokens: Int[Array, " position"]
+    scored: Bool[Array, " position"]
+    truth: dict[str, Truth] = dataclasses.field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Everything a forward pass computed, by site: `embed`, `resid.0`, `pattern.1`, ... (see `Model.apply`)."""
+
+    sites: dict[str, Float[Array, "..."]]
+
+    def __getitem__(self, site: str) -> Float[Array, "..."]:
+        return self.sites[site]
+
+
+def no_edit(site: str, x: Any) -> Any:
+    """The edit that changes nothing."""
+    del site
+    return x

@@ -1,0 +1,17 @@
+"""Shared by all tests: shapes are checked, warnings are errors, compiled programs are cached between runs."""
+
+import os
+from pathlib import Path
+
+import jaxtyping
+
+CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("ELEGANS_CACHE", str(CACHE))
+
+jaxtyping.install_import_hook("elegans", "beartype.beartype").__enter__()
+
+import jax  # noqa: E402
+
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
