@@ -9,7 +9,7 @@ CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ELEGANS_CACHE", str(CACHE))
 
-jaxtyping.install_import_hook("elegans", "beartype.beartype").__enter__()
+jaxtyping.install_import_hook("elegans", "typechecking.check").__enter__()
 
 import jax  # noqa: E402
 

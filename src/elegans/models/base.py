@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from elegans.spec import Spec, spec
+from elegans.specs import Spec, spec
 from elegans.types import Trace, no_edit
 
 Params = Any

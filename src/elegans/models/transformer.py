@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
 from elegans.models.base import Component, Context, Dtype, Edit, Model, Params, Sizes
-from elegans.spec import Spec, field, spec, structure
+from elegans.specs import Spec, field, spec, structure
 from elegans.types import Trace, no_edit
 
 ONE_HOT_VOCAB = 512  # up to here a one-hot product beats a gather, whose gradient is a scatter-add
@@ -143,7 +143,7 @@ class Attention(Component):
         q, k, v = (site(name, y) for name, y in zip("qkv", self._project(params, x, context), strict=True))
         scores = jnp.einsum("qhe,khe->hqk", q, k, preferred_element_type=jnp.float32)
         scores = site("scores", scores * (self.scale / q.shape[-1] ** 0.5))
-        causal = np.tri(x.shape[0], dtype=bool)
+        causal = jnp.tri(x.shape[0], dtype=bool)
         pattern = site("pattern", jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(scores.dtype).min)).astype(x.dtype))
         z = site("z", jnp.einsum("hqk,khe->qhe", pattern, v))
         return _linear(z.reshape(x.shape[0], -1), params["W_O"].reshape(-1, x.shape[1]), params.get("b_O"))
@@ -314,7 +314,7 @@ class Transformer(Model):
         if convention == "kaplan":
             return 6 * self.layers * (12 * self.d_model**2 + positions * self.d_model)
         shapes = jax.eval_shape(lambda: self.init(jax.random.key(0), vocab, 1))
-        weights = sum(w.size for w in jax.tree.leaves((shapes["blocks"], shapes["unembed"])) if w.ndim > 1)
+        weights = sum(w.size for name, w in jax.tree_util.tree_leaves_with_path((shapes["blocks"], shapes["unembed"])) if name[-1].key.startswith("W_"))
         weights += vocab * self.d_model if self.tied else 0
         mixing = 12 * self.layers * positions * self.heads * self._d_head if self.attention else 0
         return 6 * weights + mixing

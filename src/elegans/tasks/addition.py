@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from elegans.spec import field, spec
+from elegans.specs import field, spec
 from elegans.tasks.base import SMALL_SPACE, Split, Task
 from elegans.tasks.bits import carries, coin_entropy, pack, random_bits, unordered
 from elegans.types import Example, Truth

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, UInt32
 
 from elegans.errors import Invalid
 from elegans.randomness import Purpose, key_for, keyed_hash
-from elegans.spec import Spec, field, spec, structure
+from elegans.specs import Spec, field, spec, structure
 from elegans.types import Example
 
 SMALL_SPACE = 2**16  # spaces with fewer contents are ranked and cut exactly
@@ -41,7 +41,9 @@ class Split(Spec):
         sizes = np.array([round(self.train * contents), round(self.validation * contents)])
         sizes = np.append(sizes, contents - sizes.sum())
         if (sizes <= 0).any():
-            raise Invalid("split", f"{contents} contents", f"{PARTS[int(sizes.argmin())]} would be empty: lengthen the task or say split=none")
+            raise Invalid(
+                "split", f"{contents} contents", f"{PARTS[int(sizes.argmin())]} would be empty: lengthen the task or say split=none"
+            )
         hashes = np.asarray(keyed_hash(np.arange(contents, dtype=np.int32)[:, None], self.key))
         parts = np.empty(contents, np.int32)
         parts[np.argsort(hashes, kind="stable")] = np.repeat(np.arange(3), sizes)

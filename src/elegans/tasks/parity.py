@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from elegans.errors import Invalid
-from elegans.spec import field, spec
+from elegans.specs import field, spec
 from elegans.tasks.base import SMALL_SPACE, Split, Task
 from elegans.tasks.bits import coin_entropy, pack, random_bits
 from elegans.types import Example, Truth

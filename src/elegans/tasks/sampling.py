@@ -13,7 +13,7 @@ from scipy.stats import binom
 from elegans.tasks.base import PARTS, Task
 from elegans.types import Example
 
-SHORTFALL = 1e-9  # accepted chance that a batch has to leave a row unscored
+SHORTFALL = 1e-6  # accepted chance that a batch has to leave a row unscored
 TRIES = 2**16  # redraws of one held-out example before it is given up (left unscored)
 
 
@@ -33,10 +33,12 @@ def candidates(task: Task, rows: int) -> int:
     """How many candidates give `rows` training rows with probability 1 - SHORTFALL."""
     if task.split is None:
         return rows
-    drawn = rows
-    while binom.cdf(rows - 1, drawn, task.split.train) > SHORTFALL:
-        drawn += 1
-    return drawn
+    low, high = rows, 2 * int(rows / task.split.train) + 64
+    while low < high:  # bisection: the shortfall falls as candidates are added
+        middle = (low + high) // 2
+        enough = binom.cdf(rows - 1, middle, task.split.train) <= SHORTFALL
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return low
 
 
 def train_batch(task: Task, key: jax.Array, rows: int, step: Any, progress: Any, data: TaskData) -> Example:

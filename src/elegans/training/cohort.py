@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,8 +62,8 @@ def stack(runs: Sequence[Run]) -> Run:
 
 def share(runs: Sequence[Run]) -> tuple[TaskData, Any]:
     """The runs' task data, and for every array whether it is shared (None) or stacked over replicas (0)."""
-    made: dict[Any, TaskData] = {}
-    columns = [made.setdefault(run.task, None) or made.__setitem__(run.task, prepare(run.task)) or made[run.task] for run in runs]
+    made = {run.task: prepare(run.task) for run in runs}
+    columns = [made[run.task] for run in runs]
     flat = [jax.tree.flatten(data) for data in columns]
     arrays, axes = [], []
     for values in zip(*(leaves for leaves, _ in flat), strict=True):
@@ -202,21 +202,13 @@ def _chunk(step: Any, runs: Run, states: State, data: RunData, first: Int[Array,
 # ---- errors of custom code
 
 
-def check_traceable(run: Run) -> None:
-    """Trace one step of one run, compiling nothing: finds code that branches on a leaf and names the field.
-
-    Raises `Invalid`.
-    """
-    resolved, task = resolve(run), prepare(run.task)
-
-    def whole(run: Run) -> Any:
-        data = draw_data(run, task)
-        return advance(run, start(run), jnp.int32(0), data)
-
+def traced(run: Run, trace: Callable[[Run], Any]) -> Any:
+    """Trace something of a run, compiling nothing. Raises `Invalid` naming the leaf that custom code branches on."""
     try:
-        jax.eval_shape(whole, jax.tree.map(jnp.asarray, resolved))
+        return trace(jax.tree.map(np.asarray, resolve(run)))
     except jax.errors.ConcretizationTypeError as error:
-        raise Invalid(_leaf_in(str(error), run), "a traced number", "a leaf cannot be branched on: use jnp.where, or mark it structure()") from error
+        allowed = "a leaf differs inside a cohort and cannot be branched on: use jnp.where, or mark the field structure()"
+        raise Invalid(_leaf_in(str(error), run), "a traced number", allowed) from error
 
 
 def _leaf_in(message: str, run: Run) -> str:

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from elegans.errors import Invalid
-from elegans.spec import Spec, field, spec, varies
+from elegans.specs import Spec, field, spec, varies
 
 Scalar = Any  # a number, or a traced one
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from elegans.errors import Invalid
 from elegans.models import Model
-from elegans.spec import INT_LIMIT, Spec, field, identity, note, spec, varies
+from elegans.specs import INT_LIMIT, Spec, field, identity, note, spec, varies
 from elegans.tasks import Task
 from elegans.training.optimisers import AdamW, Optimizer
 from elegans.training.step import Update

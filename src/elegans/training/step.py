@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from elegans.randomness import Purpose, key_for, shuffled_index
-from elegans.spec import Spec, spec
+from elegans.specs import Spec, spec
 from elegans.tasks.sampling import TaskData, compact, draw_set, train_batch
 from elegans.training.optimisers import ravel, unravel
 from elegans.types import Example
@@ -65,7 +65,9 @@ def scores(logits: Float[Array, "batch position vocab"], example: Example) -> tu
     return (nats * counted).sum() / tokens, metrics
 
 
-def logits_of(run: Run, params: Any, tokens: Int[Array, "batch position"], key: jax.Array | None = None) -> Float[Array, "batch position vocab"]:
+def logits_of(
+    run: Run, params: Any, tokens: Int[Array, "batch position"], key: jax.Array | None = None
+) -> Float[Array, "batch position vocab"]:
     """Logits before every token but the first. The batch is the axis named "batch"."""
 
     def one(tokens: Array, row: Array) -> Array:

@@ -258,6 +258,18 @@ def to_dict(value: Any) -> Any:
     return [to_dict(v) for v in value] if isinstance(value, tuple) else value
 
 
+def flat(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted columns of a spec's plain data; a nested spec's own column holds its kind."""
+    columns: dict[str, Any] = {}
+    for name, value in spec.items():
+        if isinstance(value, dict):
+            columns[prefix + name] = value["kind"]
+            columns |= {k: v for k, v in flat(value, f"{prefix}{name}.").items() if not k.endswith(".kind")}
+        elif name != "kind":
+            columns[prefix + name] = json.dumps(value) if isinstance(value, list) else value
+    return columns
+
+
 def from_dict(base: type[T], data: Any, path: str = "") -> T:
     """Build a spec from plain data: a mapping with an optional `kind`, or just the name of a kind.
 

@@ -1,0 +1,211 @@
+"""The command line: parse, call, print. Nothing here imports JAX before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="A laboratory for the smallest language models.\n\n[dim]elegans run carry[/dim] trains 12 small transformers and answers a question.",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Dotted fields, such as optim.lr=1e-3,3e-4 or seed=0..4.")
+]
+With = Annotated[list[Path] | None, typer.Option("--with", metavar="FILE.py", help="Where custom components live.")]
+StoreArg = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store.")]
+Device = Annotated[str | None, typer.Option(help="cpu, gpu, gpu:1; default: the fastest.")]
+Memory = Annotated[str | None, typer.Option(help="Budget of a cohort, such as 8GiB.")]
+
+
+@app.command(epilog="Example: elegans tasks")
+def tasks(with_: With = None, as_json: Json = False) -> None:
+    """List the languages that ship, and those of your own files."""
+    from elegans.describe import task_rows
+
+    _load(with_)
+    _print(task_rows(), as_json)
+
+
+@app.command(epilog="Example: elegans show addition length=8 --json")
+def show(
+    task: Annotated[str, typer.Argument(help="A task's name.")],
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(help="How many examples.", min=0, max=10_000)] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the examples.", min=0, max=2**31 - 1)] = 0,
+    with_: With = None,
+    as_json: Json = False,
+) -> None:
+    """Show a task: its size, floor, plateau, truth, and examples with their truth drawn in."""
+    from elegans.describe import describe_task, draw_task
+    from elegans.loading import parse_overrides
+
+    _load(with_)
+    found = describe_task(task, parse_overrides(overrides or []), examples, seed)
+    print(json.dumps(found) if as_json else draw_task(found))
+
+
+@app.command(epilog="Example: elegans run carry optim.lr=1e-3,3e-3 seed=0..4 --store runs/mine")
+def run(
+    study: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A .py that defines `study`, a .yaml, or a study that ships.")],
+    overrides: Overrides = None,
+    store: Annotated[Path | None, typer.Option(help="Folder to keep results in; default runs/<study>.")] = None,
+    device: Device = None,
+    memory: Memory = None,
+    with_: With = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and train nothing.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Discard these runs' results and train them anew.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Insist on an unfinished run to go on with.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train, measure and report. Run it again to go on: finished runs are skipped, unfinished ones resume."""
+    from elegans.describe import plan_rows, run_summary
+    from elegans.loading import load_study, parse_overrides
+    from elegans.progress import Display
+    from elegans.study import prepare, run_study
+
+    _load(with_)
+    asked = load_study(study).override(parse_overrides(overrides or []))
+    folder = store or Path("runs") / asked.name
+    options: dict[str, Any] = {"device": device, "memory": memory, "again": again, "resume": resume}
+    if plan:
+        _print(plan_rows(prepare(asked.runs, folder, **options, compile_to_measure=False)), as_json)
+        return
+    with Display() as display:
+        page = run_study(asked, folder, display, **options)
+    _print(run_summary(folder, page), as_json)
+
+
+@app.command(epilog="Example: elegans ls runs/carry")
+def ls(store: StoreArg, as_json: Json = False) -> None:
+    """List the runs of a store: state, length, and last measurements."""
+    from elegans.describe import run_rows
+    from elegans.store import Store
+
+    _print(run_rows(Store(store)), as_json)
+
+
+@app.command(epilog="""Example: elegans sql runs/carry 'select "optim.lr", avg(loss) from runs join metrics using (run) group by all'""")
+def sql(store: StoreArg, query: Annotated[str, typer.Argument(help="DuckDB SQL over the store's tables.")], as_json: Json = False) -> None:
+    """Ask a store in SQL: runs, metrics, positions, timings, and a table per instrument."""
+    from elegans.store import Store
+
+    _print(Store(store).sql(query), as_json)
+
+
+@app.command(epilog="Example: elegans measure probe runs/carry families=embed,resid")
+def measure(
+    instrument: Annotated[str, typer.Argument(help="An instrument's name.")],
+    store: StoreArg,
+    overrides: Overrides = None,
+    with_: With = None,
+    as_json: Json = False,
+) -> None:
+    """Measure stored networks with an instrument, without training."""
+    from elegans.describe import measure_store
+    from elegans.loading import parse_overrides
+    from elegans.progress import Display
+
+    _load(with_)
+    with Display() as display:
+        rows = measure_store(instrument, store, parse_overrides(overrides or []), display)
+    _print(rows, as_json)
+
+
+@app.command(epilog="Example: elegans report runs/carry")
+def report(store: StoreArg, with_: With = None) -> None:
+    """Write the store's report again, and print its path."""
+    from elegans import report as pages
+    from elegans.store import Store
+
+    _load(with_)
+    print(pages.write(Store(store)).resolve())
+
+
+@app.command(epilog="Example: elegans export runs/carry 3fa1 out/")
+def export(
+    store: StoreArg, run: Annotated[str, typer.Argument(help="A run's id, or its start.")], folder: Path, with_: With = None
+) -> None:
+    """Write one run as plain files: weights (safetensors), spec (JSON), metrics (CSV)."""
+    from elegans.describe import export_run
+    from elegans.store import Store
+
+    _load(with_)
+    print(export_run(Store(store), run, folder))
+
+
+@app.command(epilog="Example: elegans bench --replicas 8 --seconds 3")
+def bench(
+    d_model: Annotated[int, typer.Option(help="Width.")] = 64,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 2,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 16,
+    replicas: Annotated[str, typer.Option(help="Cohort sizes, such as 1,8.")] = "1,8",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or tensorfloat32.")] = "float32",
+    seconds: Annotated[float, typer.Option(help="Time for each.")] = 3.0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine: optimiser steps per second of cohorts on 16-bit addition."""
+    from elegans.describe import bench_rows
+
+    _print(bench_rows(d_model, layers, batch, replicas, dtype, seconds, device), as_json)
+
+
+# ---- printing
+
+
+def _load(files: Sequence[Path] | None) -> None:
+    from elegans.loading import load_module
+
+    for path in files or []:
+        load_module(path)
+
+
+def _print(table: pa.Table, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([{k: _plain(v) for k, v in row.items()} for row in table.to_pylist()]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        shown.add_column(name, justify="right" if str(column.type) not in ("string", "large_string", "bool") else "left", overflow="fold")
+    for row in table.to_pylist():
+        shown.add_row(*(_short(v) for v in row.values()))
+    width = None if sys.stdout.isatty() else 10_000  # never fold what another program reads
+    Console(width=width, highlight=False, markup=False).print(shown)
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and value != value else value
+
+
+def _short(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Run the command line: errors of the user are one line and exit status 2."""
+    from elegans.errors import Invalid, StoreError
+
+    try:
+        app()
+    except (Invalid, StoreError) as error:
+        print(f"elegans: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("elegans: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,237 @@
+"""The tables that the command line prints, as Arrow tables or plain data."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import pyarrow as pa
+import pyarrow.csv
+
+from elegans import specs
+from elegans.errors import Invalid
+from elegans.files import write_arrays, write_json
+from elegans.instruments import Instrument
+from elegans.instruments import measure as measure_rows
+from elegans.models import Transformer
+from elegans.randomness import Purpose, key_for
+from elegans.specs import find_kind, grid, kinds
+from elegans.store import Store
+from elegans.study import Work
+from elegans.tasks import Addition, Task
+from elegans.training import Run
+from elegans.training.checkpoint import WEIGHTS, weights_to_arrays
+from elegans.training.cohort import CHUNK, Programs, resolve
+from elegans.training.device import choose
+from elegans.training.planner import CohortPlan
+
+# ---- tasks
+
+
+def task_rows() -> pa.Table:
+    """Name, fields with their defaults, and first line of every task."""
+    rows = []
+    for kind in kinds(Task):
+        cls = find_kind(Task, kind)
+        fields = ", ".join(f"{i.name}={_default(i)}" for i in cls.infos.values())
+        rows.append({"name": kind, "what": (inspect.getdoc(cls) or "").split("\n")[0], "fields": fields})
+    return pa.Table.from_pylist(rows)
+
+
+def _default(info: specs.FieldInfo) -> str:
+    return info.default.kind if isinstance(info.default, specs.Spec) else "none" if info.default is None else str(info.default).lower()
+
+
+def make_task(kind: str, overrides: Mapping[str, Sequence[Any]]) -> Task:
+    """A task by name with fields replaced. Raises `Invalid`."""
+    try:
+        task: Task = specs.from_dict(Task, {"kind": kind})
+    except Invalid as error:
+        raise Invalid("task", kind, error.allowed) from None if error.field == "kind" else error
+    for path, values in overrides.items():
+        task = specs.replace(task, path, _single(task, path, values))
+    return task
+
+
+def _single(spec: specs.Spec, path: str, values: Sequence[Any]) -> Any:
+    """One value of an override: a list where the field holds one."""
+    name = path.split(".")[0]
+    listing = "." not in path and name in spec.infos and any(getattr(t, "__origin__", None) is tuple for t in spec.infos[name].types)
+    if listing:
+        return values[0] if len(values) == 1 and isinstance(values[0], list) else list(values)
+    if len(values) != 1:
+        raise Invalid(path, ",".join(map(str, values)), "allowed here: one value")
+    return values[0]
+
+
+def describe_task(kind: str, overrides: Mapping[str, Sequence[Any]], examples: int, seed: int) -> dict[str, Any]:
+    """What there is to know of a task, with examples: plain data."""
+    task = make_task(kind, overrides)
+    keys = jax.random.split(key_for(seed, Purpose.DATA), max(1, examples))
+    rows = jax.device_get(jax.jit(jax.vmap(lambda k, data: task.sample(k, data), (0, None)))(keys, task.prepare()))
+    shown = [jax.tree.map(lambda a, i=i: a[i], rows) for i in range(examples)]
+    return {
+        "name": task.kind,
+        "fields": {k: v for k, v in specs.to_dict(task).items() if k != "kind"},
+        "vocab_size": task.vocab_size,
+        "vocab": list(task.symbols),
+        "length": task.positions,
+        "scored_tokens": task.scored_tokens(),
+        "floor": task.floor(),
+        "plateau": task.plateau(),
+        "contents": task.contents,
+        "truth": sorted(rows.truth),
+        "examples": [
+            {
+                "text": task.text(e.tokens),
+                "tokens": e.tokens.tolist(),
+                "scored": e.scored.tolist(),
+                "truth": {n: {"kind": t.kind, "values": t.values.tolist(), "positions": t.positions.tolist()} for n, t in e.truth.items()},
+            }
+            for e in shown
+        ],
+    }
+
+
+def draw_task(found: dict[str, Any]) -> str:
+    """The description as text: each example with its scored tokens and truth lined up under it."""
+    nats = {k: "unknown" if found[k] is None else f"{found[k]:.4f} nats" for k in ("floor", "plateau")}
+    lines = [
+        f"{found['name']}  vocabulary {found['vocab_size']}: {' '.join(found['vocab'])}",
+        f"{found['length']} tokens, {found['scored_tokens']:g} scored; floor {nats['floor']}, plateau {nats['plateau']} per scored token",
+    ]
+    for example in found["examples"]:
+        cells = [found["vocab"][t] for t in example["tokens"]]
+        width = max(map(len, cells)) + 1
+        indent = max([len("scored"), *map(len, example["truth"])]) + 2
+        lines += ["", " " * indent + "".join(c.ljust(width) for c in cells)]
+        lines.append("scored".ljust(indent) + "".join(("." if s else "").ljust(width) for s in example["scored"]))
+        for name, truth in example["truth"].items():
+            at = {p: v for p, v in zip(truth["positions"], truth["values"], strict=True) if p >= 0}
+            lines.append(name.ljust(indent) + "".join(str(at.get(p, "")).ljust(width) for p in range(len(cells))))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ---- plans and runs
+
+RATES = {"cpu": (2.5e10, 2e-3, 8.0), "gpu": (2.0e13, 4e-4, 15.0)}  # FLOP/s, s a step, s to compile: rough, see benchmarks/
+
+
+def plan_rows(work: Work) -> pa.Table:
+    """A row per cohort to train, and one for all: runs, structures, sizes, bytes, FLOPs, rough time."""
+    waiting = [(c.id, c.plan(), c.status()["step"]) for c in work.stored if not c.status()["finished"]] + [(p.id, p, 0) for p in work.new]
+    rows = [_plan_row(name, plan, step, work.device.platform) for name, plan, step in waiting]
+    structures = len({jax.tree.structure(resolve(plan.runs[0])) for _, plan, _ in waiting})
+    total = {k: sum(row[k] for row in rows) for k in ("runs", "steps", "flops", "seconds")}
+    total |= {
+        "cohort": "all",
+        "sizes": f"{len(rows)} cohorts",
+        "structures": structures,
+        "bytes": max([r["bytes"] for r in rows], default=0),
+    }
+    finished = sum(c.status()["finished"] for c in work.stored)
+    names = ("cohort", "structures", "runs", "sizes", "steps", "bytes", "flops", "seconds")
+    return pa.Table.from_pylist([{n: row[n] for n in names} for row in [*rows, total]]).append_column(
+        "finished", pa.array([None] * len(rows) + [finished], pa.int64())
+    )
+
+
+def _plan_row(name: str, plan: CohortPlan, step: int, platform: str) -> dict[str, Any]:
+    rate, overhead, compiling = RATES["cpu" if platform == "cpu" else "gpu"]
+    sizes = " > ".join(f"{s.size} to {s.stop}" for s in plan.segments)
+    seconds = compiling * len(plan.segments) + plan.flops / rate + overhead * (plan.steps - step)
+    row = {"cohort": name, "structures": 1, "runs": len(plan.runs), "sizes": sizes, "steps": plan.steps - step}
+    return row | {"bytes": plan.bytes, "flops": plan.flops, "seconds": round(seconds, 1)}
+
+
+def run_rows(store: Store) -> pa.Table:
+    """A row per run: state, length, the fields that differ, last validation and test scores."""
+    runs = store.runs()
+    heads = ("run", "cohort", "label", "state", "diverged_at", "length", "parameters", "flops_per_step")
+    differ = [n for n in runs.column_names if n not in heads and len(set(map(str, runs[n].to_pylist()))) > 1]
+    picked = ", ".join(f'r."{n}"' for n in differ)
+    last = "select run, {0} from metrics where split = '{1}' group by run"
+    best = "arg_max(loss, step) as {0}_loss, arg_max(exact_match, step) as {0}_exact"
+    if not store.has("metrics"):
+        return runs.select([n for n in ("run", "label", "state", "length", *differ)])
+    return store.sql(
+        f"select r.run, r.label, r.state, r.diverged_at, r.length, {picked + ', ' if picked else ''}"
+        f"v.* exclude run, t.* exclude run from runs r left join ({last.format(best.format('validation'), 'validation')}) v using (run) "
+        f"left join ({last.format(best.format('test'), 'test')}) t using (run) order by r.cohort, r.label, r.run"
+    )
+
+
+def run_summary(folder: Path, page: Path) -> pa.Table:
+    """One row: what a finished command leaves behind."""
+    store = Store(folder)
+    states = store.runs()["state"].to_pylist()
+    tests = store.sql("select exact_match from metrics where split = 'test'")["exact_match"].to_pylist() if store.has("metrics") else []
+    counts = {s: states.count(s) for s in ("finished", "diverged", "unfinished")}
+    learned = sum(x is not None and x > 0.95 for x in tests)
+    return pa.Table.from_pylist([{"store": str(folder), **counts, "exact_match_above_0.95": learned, "report": str(page.resolve())}])
+
+
+# ---- instruments, export, bench
+
+
+def measure_store(kind: str, folder: Path, overrides: Mapping[str, Sequence[Any]], listener: Callable[[str, Any], None]) -> pa.Table:
+    """Measure a store with an instrument by name; a row per table written."""
+    store = Store(folder)
+    try:
+        instrument: Instrument = specs.from_dict(Instrument, {"kind": kind})
+    except Invalid as error:
+        raise Invalid("instrument", kind, error.allowed) from None
+    for path, values in overrides.items():
+        instrument = specs.replace(instrument, path, _single(instrument, path, values))
+    with store.lock():
+        names = measure_rows(instrument, store, listener)
+    rows = [{"table": n, "rows": store.table(n).num_rows, "measured_now": n in names} for n in names or [kind]]
+    return pa.Table.from_pylist(rows)
+
+
+def export_run(store: Store, run: str, folder: Path) -> Path:
+    """Write one run's final weights, spec and metrics as plain files into a folder; return it."""
+    cohort, line = store.find(run)
+    ids, vectors = cohort.final()
+    if line["run"] not in ids:
+        raise Invalid("run", run, "unfinished: nothing final to export yet")
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = weights_to_arrays(cohort.first(), vectors[[ids.index(line["run"])]])
+    plain = {name.removeprefix(WEIGHTS): a[0] for name, a in arrays.items()}
+    write_arrays(folder / "weights.safetensors", plain, {"run": line["run"]})
+    write_json(folder / "spec.json", {k: line[k] for k in ("run", "label", "length", "parameters", "code", "spec")})
+    rows = store.sql(f"select * from metrics where run = '{line['run']}' order by step, split")
+    pyarrow.csv.write_csv(rows, folder / "metrics.csv")
+    return folder.resolve()
+
+
+def bench_rows(d_model: int, layers: int, batch: int, replicas: str, dtype: str, seconds: float, device: str | None) -> pa.Table:
+    """Steps per second of cohorts of several sizes, and the time to the first step."""
+    if not all(part.strip().isdigit() and int(part) > 0 for part in replicas.split(",")):
+        raise Invalid("replicas", replicas, "allowed: whole numbers above 0, such as 1,8")
+    model = specs.from_dict(Transformer, {"kind": "transformer", "d_model": d_model, "layers": layers, "dtype": dtype})
+    run = Run(Addition(), model, batch=batch, steps=2**30)
+    chosen = choose(device)
+    return pa.Table.from_pylist([_bench(grid(run, {"seed": range(int(n))}), chosen, seconds) for n in replicas.split(",")])
+
+
+def _bench(runs: list[Run], device: Any, seconds: float) -> dict[str, Any]:
+    began = time.perf_counter()
+    programs = Programs(runs, device)
+    states, _ = programs.chunk(programs.start(), 0, 1)
+    first = time.perf_counter() - began
+    step, n, took = 1, 1, 0.0
+    while took < seconds:
+        began = time.perf_counter()
+        states, _ = programs.chunk(states, step, n)
+        spent = time.perf_counter() - began
+        step, took = step + n, took + spent
+        n = max(1, min(CHUNK, int(n * 0.25 * seconds / max(spent, 1e-6))))
+    speed = (step - 1) / took
+    flops = runs[0].flops_per_step * len(runs) * speed
+    row = {"device": device.device_kind, "replicas": len(runs), "steps_per_s": speed, "replica_steps_per_s": speed * len(runs)}
+    return row | {"model_flops_per_s": flops, "first_step_s": first, "gib": programs.bytes() / 2**30}

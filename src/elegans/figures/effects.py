@@ -1,0 +1,230 @@
+"""Effects over runs: how long before the loss a feature is there, and what removing it does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pyarrow as pa
+import scipy.stats
+
+from elegans.figures import style
+from elegans.figures.catalogue import Catalogue, columns, number
+from elegans.figures.curves import MANY
+
+MOST_ROWS = 40  # of a forest plot
+GOLDEN = 0.618033988749895  # its multiples spread evenly: a jitter without chance
+EFFECTS = {"exact_match": "exact match", "loss": "validation loss (nats per scored token)"}
+
+
+def jitter(count: int, half: float) -> np.ndarray:
+    """Offsets between -half and half, the same at every call."""
+    return half * (2 * ((np.arange(count) + 0.5) * GOLDEN % 1) - 1)
+
+
+def plural(count: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+# ---- lead
+
+
+@dataclasses.dataclass(frozen=True)
+class Lead:
+    """A row of the forest plot: one group and feature, in decades of optimiser steps (log10)."""
+
+    group: str
+    feature: str
+    runs: int
+    of: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+    each: np.ndarray  # the leads of the group's runs
+
+    @property
+    def name(self) -> str:
+        return self.feature if self.group in ("", "all") else f"{self.feature}, {self.group}"
+
+
+def leads(rows: pa.Table, each: pa.Table, catalogue: Catalogue) -> list[Lead]:
+    """Rows of the table `lead`, each with its runs' own leads (rows of `transition`: run, feature, lead)."""
+    own = {(row["run"], row["feature"]): number(row["lead"]) for row in each.to_pylist()}
+    found = []
+    for row in rows.to_pylist():
+        members = catalogue.members(row["group"] or "")
+        values = [own.get((run, row["feature"])) for run in members]
+        single = np.array([v for v in values if v is not None], float)
+        mean, low, high = (number(row[name]) for name in ("mean", "low", "high"))
+        counts = int(row["runs"] or 0), int(row["of"] or 0)
+        found.append(Lead(row["group"] or "", row["feature"], *counts, mean, low, high, row["verdict"] or "undecided", single))
+    return sorted(found, key=lambda lead: lead.feature)
+
+
+def lead_forest(found: list[Lead]) -> go.Figure:
+    """A dot for each run, the mean of each group with its 95 % interval, and the line of no lead."""
+    shown = found[:MOST_ROWS]
+    names = dict.fromkeys(lead.feature for lead in shown)
+    colour = {feature: style.NAMED[i % len(style.NAMED)] for i, feature in enumerate(names)}
+    figure = style.blank(int(110 + 44 * max(len(shown), 2)), _lead_caption(found, len(shown)))
+    figure.add_vline(x=0, line={"width": 1.5, "color": style.GREY})
+    for i, lead in enumerate(shown):
+        _draw_lead(figure, lead, i, colour[lead.feature])
+    ticks = [f"{style.text(lead.name, 44)}" for lead in shown]
+    figure.update_yaxes(tickmode="array", tickvals=list(range(len(shown))), ticktext=ticks, range=[len(shown) - 0.4, -0.6], showgrid=False)
+    figure.update_xaxes(title={"text": "lead: log10(step of the loss / step of the feature), decades"})
+    figure.update_layout(showlegend=False, margin={"r": 190})
+    return figure
+
+
+def _draw_lead(figure: go.Figure, lead: Lead, place: int, colour: str) -> None:
+    if len(lead.each):
+        y = place + jitter(len(lead.each), 0.24)
+        size, opacity = (6, 0.38) if len(lead.each) <= MANY else (4, 0.2)
+        dots = {"size": size, "color": style.faint(colour, opacity)}
+        figure.add_scatter(
+            x=lead.each, y=y, mode="markers", marker=dots, hovertemplate="one run: %{x:.3f} decades<extra></extra>", name="runs"
+        )
+    if lead.mean is not None:
+        hover = f"<b>{style.text(lead.name)}</b><br>{interval_text(lead)}<extra></extra>"
+        _draw_mean(figure, lead.mean, lead.low, lead.high, place, colour, hover)
+    note = f"{style.text(lead.verdict, 14)}, n = {lead.runs} of {lead.of}"
+    figure.add_annotation(text=note, x=1.01, xref="paper", xanchor="left", y=place, showarrow=False)
+
+
+def _draw_mean(figure: go.Figure, mean: float, low: float | None, high: float | None, place: int, colour: str, hover: str) -> None:
+    """A diamond, with whiskers where there is an interval."""
+    error = None
+    if low is not None and high is not None:
+        error = {"type": "data", "array": [high - mean], "arrayminus": [mean - low], "thickness": 2.4, "width": 7, "color": colour}
+    marker = {"symbol": "diamond", "size": 12, "color": colour, "line": {"width": 1, "color": "white"}}
+    figure.add_scatter(x=[mean], y=[place], error_x=error, mode="markers", marker=marker, hovertemplate=hover, name="mean")
+
+
+def interval_text(lead: Lead) -> str:
+    """The mean with its interval, or that there is none."""
+    if lead.mean is None:
+        return "not measured"
+    bounds = "no interval" if lead.low is None or lead.high is None else f"[{lead.low:.2f}, {lead.high:.2f}]"
+    return f"{lead.mean:.2f} {bounds}"
+
+
+def _lead_caption(found: list[Lead], shown: int) -> str:
+    cut = f" The first {shown} of {len(found)} rows are drawn." if shown < len(found) else ""
+    return (
+        "How long before the loss falls half-way from plateau to floor the probe is half-way from its untrained level to its ceiling, "
+        "in decades of optimiser steps (0.3 is a factor of two); right of zero, the feature came first. Dots: runs that reached both. "
+        f"Diamonds: means, with their 95 % interval over runs. n: runs that reached both, of all in the group; others are left out.{cut}"
+    )
+
+
+# ---- ablation
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """A row of the ablation figure. `each` holds a value for each run, random draws averaged; `draws` every single draw."""
+
+    name: str
+    feature: str  # and the method; both empty for the base
+    method: str
+    kind: str  # base, feature, random or another direction
+    each: np.ndarray
+    draws: np.ndarray
+    mean: float
+    low: float | None  # 95 % t interval of the mean over runs; None for a single run
+    high: float | None
+
+
+def strips(rows: pa.Table, value: str = "exact_match") -> list[Strip]:
+    """Rows of the figure from: run, feature, method, direction, draw, and the value with its base_ column."""
+    data = columns(rows)
+    several = len(set(data["method"])) > 1
+    made = [_strip("nothing removed", "", "", "base", data["run"], data[f"base_{value}"], value)]
+    for feature, method in sorted(set(zip(data["feature"], data["method"], strict=True))):
+        here = (data["feature"] == feature) & (data["method"] == method)
+        tail = f" ({method})" if several else ""
+        for direction in sorted(set(data["direction"][here]), key=lambda d: (d != "feature", d)):
+            part = here & (data["direction"] == direction)
+            name = f"{feature} removed{tail}" if direction == "feature" else f"{direction} direction instead of {feature}{tail}"
+            made.append(_strip(name, feature, method, direction, data["run"][part], data[value][part], value))
+    return [strip for strip in made if strip is not None]
+
+
+def _strip(name: str, feature: str, method: str, kind: str, run: np.ndarray, values: np.ndarray, value: str) -> Strip | None:
+    values = values.astype(float)
+    run, values = run[~np.isnan(values)], values[~np.isnan(values)]
+    if not len(values):
+        return None
+    place = np.unique(run.astype(str), return_inverse=True)[1]
+    each = np.bincount(place, values) / np.bincount(place)
+    mean, low, high = mean_interval(each)
+    if value == "exact_match" and low is not None and high is not None:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Strip(name, feature, method, kind, each, values if kind == "random" else each, mean, low, high)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
+    """Mean and its 95 % t interval; no bounds for a single value."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, None, None
+    half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def draw_range(strip: Strip) -> tuple[float, float]:
+    """The central 95 % of single random draws."""
+    low, high = np.quantile(strip.draws, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def ablation(rows: pa.Table, value: str = "exact_match") -> go.Figure:
+    """Exact match (or loss) with nothing removed, with the feature's direction removed, and with random directions removed."""
+    made = strips(rows, value)
+    figure = style.blank(int(110 + 46 * max(len(made), 2)), _ablation_caption(made, value))
+    for place, strip in enumerate(made):
+        _draw_strip(figure, strip, place)
+    ticks = [style.text(strip.name, 44) for strip in made]
+    figure.update_yaxes(tickmode="array", tickvals=list(range(len(made))), ticktext=ticks, range=[len(made) - 0.4, -0.6], showgrid=False)
+    figure.update_xaxes(title={"text": EFFECTS[value]}, rangemode="tozero", **({"range": [-0.02, 1.02]} if value == "exact_match" else {}))
+    figure.update_layout(showlegend=False)
+    return figure
+
+
+def strip_colour(kind: str) -> str:
+    """Grey for the base, one colour for the feature, another for every comparison."""
+    return {"base": style.GREY, "feature": style.RED}.get(kind, style.BLUE)
+
+
+def _draw_strip(figure: go.Figure, strip: Strip, place: int) -> None:
+    colour = strip_colour(strip.kind)
+    if strip.kind == "random" and len(strip.draws) > 1:
+        low, high = draw_range(strip)
+        hover = f"95 % of single draws: {low:.3f} to {high:.3f}<extra></extra>"
+        bar: dict[str, Any] = {"color": style.faint(colour, 0.25), "width": 14}
+        figure.add_scatter(x=[low, high], y=[place, place], mode="lines", line=bar, hovertemplate=hover, name="draws")
+    if len(strip.each) <= MANY:
+        dots = {"size": 6, "color": style.faint(colour, 0.45)}
+        y = place + jitter(len(strip.each), 0.24)
+        figure.add_scatter(x=strip.each, y=y, mode="markers", marker=dots, hovertemplate="one run: %{x:.3f}<extra></extra>", name="runs")
+    bounds = "" if strip.low is None else f" [{strip.low:.3f}, {strip.high:.3f}]"
+    hover = f"<b>{style.text(strip.name)}</b><br>mean {strip.mean:.3f}{bounds}, n = {plural(len(strip.each), 'run')}<extra></extra>"
+    _draw_mean(figure, strip.mean, strip.low, strip.high, place, colour, hover)
+
+
+def _ablation_caption(made: list[Strip], value: str) -> str:
+    runs = max((len(strip.each) for strip in made), default=0)
+    draws = max((len(strip.draws) for strip in made if strip.kind == "random"), default=0)
+    many = f" {runs} runs are too many for dots." if runs > MANY else " Dots: runs, random draws averaged within each."
+    cut = " (cut at 0 and 1)" if value == "exact_match" else ""
+    what = "Exact match on held-out rows" if value == "exact_match" else "Validation loss, nats per scored token,"
+    return (
+        f"{what} when a direction is projected out of the network, at the last step measured. Diamonds: means over runs, with their "
+        f"95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of single random directions "
+        f"({plural(draws, 'draw')} in all), to which the feature's own direction is to be compared."
+    )

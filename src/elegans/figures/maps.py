@@ -1,0 +1,177 @@
+"""Heat maps: the loss at every position, and what a probe reads at every site."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pyarrow as pa
+from plotly.subplots import make_subplots
+
+from elegans.figures import style
+from elegans.figures.catalogue import columns
+
+FAMILIES = ("embed", "attn_out", "resid_mid", "mlp_out", "resid")  # the order within a layer
+MAPS = 5  # steps shown side by side
+MOST_SITES = 26  # more are cut down to the residual stream
+
+
+# ---- loss by position
+
+
+def position_map(rows: pa.Table, who: str) -> go.Figure:
+    """Mean loss at every position and step; rows: step, position, loss, runs."""
+    data = columns(rows)
+    steps, positions = np.unique(data["step"]), np.unique(data["position"])
+    z = grid(data["loss"], data["position"], data["step"], positions, steps)
+    n = grid(data["runs"], data["position"], data["step"], positions, steps)
+    kept = np.flatnonzero(~np.isnan(z).all(1))
+    span = slice(kept[0], kept[-1] + 1) if len(kept) else slice(0, 0)
+    figure = style.blank(int(150 + 14 * min(max(len(positions[span]), 8), 40)), _position_caption(who, n))
+    bar = {"title": {"text": "nats", "side": "top"}, "thickness": 12, "outlinewidth": 0}
+    hover = "position %{y}, step %{customdata[0]}<br>loss %{z:.4f} nats<br>n = %{customdata[1]} runs<extra></extra>"
+    notes = np.dstack([np.broadcast_to(steps, z.shape), n])[span]
+    figure.add_heatmap(
+        z=z[span],
+        x=np.arange(len(steps)),
+        y=positions[span],
+        customdata=notes,
+        zmin=0,
+        colorscale=style.SCALE,
+        colorbar=bar,
+        hovertemplate=hover,
+        hoverongaps=False,
+    )
+    places = sparse(steps)
+    ticks = {
+        "tickmode": "array",
+        "tickvals": places,
+        "ticktext": [style.compact(steps[i]) for i in places],
+        "title": {"text": "optimiser step"},
+    }
+    figure.update_layout(
+        xaxis={**ticks, "showgrid": False}, yaxis={"autorange": "reversed", "title": {"text": "token position"}, "showgrid": False}
+    )
+    figure.update_layout(plot_bgcolor=style.MISSING)
+    return figure
+
+
+def grid(values: np.ndarray, row: np.ndarray, column: np.ndarray, rows: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """Values on a grid, NaN where there is none."""
+    z = np.full((len(rows), len(across)), np.nan)
+    z[np.searchsorted(rows, row), np.searchsorted(across, column)] = values
+    return z
+
+
+def sparse(steps: np.ndarray) -> list[int]:
+    """Indices of the steps that get a label: 0, those nearest to powers of ten, the last."""
+    if not len(steps):
+        return []
+    powers = 10.0 ** np.arange(0, np.log10(max(steps.max(), 1)) + 1e-9)
+    near = [int(np.abs(np.log(np.maximum(steps, 0.1) / p)).argmin()) for p in powers]
+    chosen = sorted({0, *near, len(steps) - 1})
+    crowded = max(1, len(steps) // 14)  # labels closer than this would touch
+    return [i for k, i in enumerate(chosen) if i == len(steps) - 1 or chosen[k + 1] - i >= crowded]
+
+
+def _position_caption(who: str, n: np.ndarray) -> str:
+    counts = n[~np.isnan(n)]
+    runs = f"n = {int(counts.max())}" if len(counts) else "n = 0"
+    return (
+        f"Validation loss at each token position against the optimiser step ({who}, {runs}), nats. The step axis has one column for each "
+        f"evaluation, so it is logarithmic where evaluations are. Grey: not measured, or never scored."
+    )
+
+
+# ---- probes
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeMaps:
+    """Panels of one feature on one scale: a few steps, then what they are to be compared with. Each is [site, index]."""
+
+    sites: list[str]
+    index: np.ndarray
+    panels: list[tuple[str, np.ndarray]]
+    low: float  # of the colour scale; the high end is 1
+    runs: int
+
+
+def probe_maps(rows: pa.Table) -> ProbeMaps:
+    """Panels from rows: step, site, family, layer, index, accuracy, control, chance, untrained, runs."""
+    data = columns(rows)
+    sites, index = _sites(data), np.unique(data["index"])
+    place = {site: i for i, site in enumerate(sites)}
+    kept = np.array([s in place for s in data["site"]], bool)
+    data = {name: values[kept] for name, values in data.items()}
+    at = np.array([place[s] for s in data["site"]], int)
+
+    def panel(name: str, step: int) -> np.ndarray:
+        here = data["step"] == step
+        return grid(data[name][here].astype(float), at[here], data["index"][here], np.arange(len(sites)), index)
+
+    steps = _covered(data)
+    untrained = panel("untrained", steps[-1])
+    if np.isnan(untrained).all() and steps[0] == 0:
+        untrained = panel("accuracy", 0)
+    panels = [(f"step {style.compact(s)}", panel("accuracy", s)) for s in _pick(steps)]
+    panels += [("untrained", untrained), ("random labels", panel("control", steps[-1])), ("chance", panel("chance", steps[-1]))]
+    chance = data["chance"][~np.isnan(data["chance"].astype(float))]
+    low = float(np.floor(10 * chance.min() + 1e-6) / 10) if len(chance) else 0.0
+    return ProbeMaps(sites, index, panels, low, int(data["runs"].max()))
+
+
+def _sites(data: dict[str, np.ndarray]) -> list[str]:
+    """Sites from the input upwards; of too many, those of the residual stream."""
+    known = {
+        s: (n, FAMILIES.index(f) if f in FAMILIES else len(FAMILIES), s)
+        for s, f, n in zip(data["site"], data["family"], data["layer"], strict=True)
+    }
+    families = dict(zip(data["site"], data["family"], strict=True))
+    sites = sorted(known, key=lambda s: known[s])
+    stream = [s for s in sites if families[s] in ("embed", "resid")]
+    return stream if len(sites) > MOST_SITES and stream else sites
+
+
+def _covered(data: dict[str, np.ndarray]) -> list[int]:
+    """Steps at which at least half as many runs were probed as at the best covered one."""
+    steps = np.unique(data["step"])
+    most = np.array([data["runs"][data["step"] == s].max() for s in steps])
+    return [int(s) for s in steps[2 * most >= most.max()]]
+
+
+def _pick(steps: list[int]) -> list[int]:
+    """A few steps, evenly spaced among those after 0, the last among them."""
+    trained = [s for s in steps if s > 0] or steps
+    return [trained[i] for i in sorted({round(x) for x in np.linspace(0, len(trained) - 1, min(MAPS, len(trained)))})]
+
+
+def probe_map(rows: pa.Table, feature: str, who: str) -> go.Figure:
+    """What a linear probe reads: site by bit, at a few steps, beside the untrained network, random labels and chance."""
+    maps = probe_maps(rows)
+    titles = [name for name, _ in maps.panels]
+    blank = style.blank(int(150 + max(15 * len(maps.sites), 90)), _probe_caption(maps, feature, who))
+    figure = make_subplots(1, len(titles), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.012, figure=blank)
+    for i, (name, z) in enumerate(maps.panels):
+        hover = f"{name}<br>%{{y}}, bit %{{x}}<br>accuracy %{{z:.3f}}<extra></extra>"
+        heat: dict[str, Any] = {"z": z.astype(np.float32), "x": maps.index, "y": maps.sites, "coloraxis": "coloraxis", "hoverongaps": False}
+        figure.add_heatmap(**heat, hovertemplate=hover, name=name, row=1, col=i + 1)
+        if np.isnan(z).all():
+            figure.add_annotation(text="not<br>measured", x=0.5, y=0.5, xref="x domain", yref="y domain", row=1, col=i + 1, showarrow=False)
+    bar = {"title": {"text": "accuracy", "side": "top"}, "thickness": 12, "outlinewidth": 0}
+    figure.update_layout(coloraxis={"colorscale": style.SCALE, "cmin": maps.low, "cmax": 1, "colorbar": bar}, plot_bgcolor=style.MISSING)
+    figure.update_layout(margin={"t": 40})
+    figure.update_xaxes(showgrid=False, title={"text": "bit", "standoff": 4}, nticks=4, tickangle=0)
+    figure.update_yaxes(showgrid=False, type="category")
+    figure.update_annotations(font={"size": 12})
+    return figure
+
+
+def _probe_caption(maps: ProbeMaps, feature: str, who: str) -> str:
+    return (
+        f"{feature}: held-out accuracy of a linear probe for each bit (across) at each site of the network (upwards from the input), "
+        f"{who}, n = {maps.runs}. On the same scale: the same probe on the untrained network, a probe trained on random labels, "
+        f"and chance (always guessing the majority label), the last two at the last step. Grey: not measured."
+    )

@@ -1,0 +1,173 @@
+"""The main figures for papers: PNG and PDF, drawn from the same numbers as the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from elegans.figures import queries, style
+from elegans.figures.catalogue import Catalogue, Tables, catalogue
+from elegans.figures.curves import MANY, UNITS, Series, band, series, y_range
+from elegans.figures.effects import EFFECTS, Lead, Strip, draw_range, jitter, leads, strip_colour, strips
+from elegans.figures.maps import ProbeMaps, probe_maps
+from elegans.store import Store
+
+LOOK: dict[Any, Any] = {
+    "font.family": "sans-serif", "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "axes.linewidth": 0.6, "axes.spines.top": False,
+    "axes.spines.right": False, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False,
+    "lines.linewidth": 1.0, "pdf.fonttype": 42, "svg.hashsalt": "elegans", "savefig.dpi": 300,
+}  # fmt: skip
+WIDTH = 5.5  # inches: the text width of most single-column papers
+
+
+def save_paper_figures(store: Store, folder: str | Path) -> list[Path]:
+    """Draw every main figure that has rows into a folder, as PNG and PDF; return the files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = Tables(store)
+    try:
+        with matplotlib.rc_context(LOOK):
+            drawn = _draw_all(tables, catalogue(store, tables))
+            return [path for name, figure in drawn.items() for path in _save(figure, folder / name)]
+    finally:
+        tables.close()
+
+
+def _save(figure: Figure, stem: Path) -> list[Path]:
+    """The same figure gives the same bytes: no dates in the files."""
+    figure.savefig(stem.with_suffix(".png"), metadata={"Software": None})
+    figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+    return [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
+
+
+def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Figure]:
+    drawn: dict[str, Figure] = {}
+    if "metrics" in tables.names:
+        rows = tables.ask(queries.curves("validation"))
+        by = runs.differing[0] if runs.differing else None
+        for value, name in (("loss", "loss"), ("exact_match", "exact-match")):
+            drawn |= {name: curves(data, runs, value, by)} if (data := series(rows, value)) else {}
+    if "probe" in tables.names:
+        where = queries.among(runs.learned, len(runs.facts)) if runs.learned else "true"
+        for feature in tables.ask(queries.FEATURES)["feature"].to_pylist():
+            rows = tables.ask(queries.probe_map(feature, where))
+            drawn |= {f"probe-{_file_name(feature)}": probe_map(probe_maps(rows), feature)} if rows.num_rows else {}
+    if {"lead", "transition"} <= tables.names:
+        drawn["lead"] = lead_forest(leads(tables.ask(queries.LEAD), tables.ask(queries.TRANSITION), runs))
+    if "ablate" in tables.names:
+        drawn["ablation"] = ablation(strips(tables.ask(queries.ABLATION)), "exact_match")
+    return drawn
+
+
+def _file_name(feature: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in feature)
+
+
+def _blank(height: float, **grid: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(**grid)
+
+
+def curves(data: Series, runs: Catalogue, value: str, by: str | None) -> Figure:
+    """Runs, or medians and 10 to 90 % bands of many, against the step."""
+    figure, axes = _blank(2.6)
+    grouping = runs.grouping(by)
+    colours = style.palette(grouping)
+    steps = np.unique(np.concatenate([s for s, _ in data.values()]))
+    first = style.first_step(steps)
+    for label in grouping.labels:
+        members = [data[run] for run in data if grouping.of[run] == label]
+        if len(data) <= MANY:
+            for i, (step, y) in enumerate(members):
+                axes.plot(style.step_places(step, first), y, color=colours[label], alpha=0.85, label=label if i == 0 else None)
+        elif (made := band(members)) is not None:
+            x = style.step_places(made.step, first)
+            axes.fill_between(x, made.low, made.high, color=colours[label], alpha=0.16, linewidth=0)
+            axes.plot(x, made.median, color=colours[label], label=f"{label} ({made.runs})")
+    _step_axis(axes, steps)
+    axes.set_ylabel(UNITS[value][0])
+    axes.set_ylim(*y_range(data, runs, value))
+    for kind, level, label in style.level_lines(runs, list(data)) if value == "loss" else ():
+        axes.axhline(level, color=style.GREY, linestyle=":", linewidth=0.8)
+        side = 0.01 if kind == "floor" else 0.99
+        axes.text(
+            side, level, label, transform=axes.get_yaxis_transform(), ha="left" if kind == "floor" else "right", va="bottom", fontsize=7
+        )
+    if len(grouping.labels) > 1:
+        axes.legend(title=grouping.title, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _step_axis(axes: Axes, steps: np.ndarray) -> None:
+    axes.set_xscale("log")
+    places, labels = style.step_ticks(steps)
+    axes.set_xticks(places, labels)
+    axes.minorticks_off()
+    axes.set_xlabel("optimiser step")
+
+
+def probe_map(maps: ProbeMaps, feature: str) -> Figure:
+    """Site by bit at a few steps, beside the untrained network, random labels and chance."""
+    figure, grid = _blank(0.9 + 0.14 * len(maps.sites), ncols=len(maps.panels), sharey=True, squeeze=False)
+    for axes, (name, z) in zip(grid[0], maps.panels, strict=True):
+        axes.set_facecolor("#DDDDDD")
+        image = axes.imshow(
+            np.ma.masked_invalid(z), origin="lower", aspect="auto", vmin=maps.low, vmax=1, cmap="viridis", interpolation="nearest"
+        )
+        axes.set_title(name, fontsize=6.5)
+        shown = np.unique(np.linspace(0, len(maps.index) - 1, min(3, len(maps.index))).round().astype(int))
+        axes.set_xticks(shown, [str(maps.index[i]) for i in shown])
+        axes.set_yticks(range(len(maps.sites)), maps.sites)
+        axes.tick_params(length=1.5)
+        if np.isnan(z).all():
+            axes.text(0.5, 0.5, "not\nmeasured", transform=axes.transAxes, ha="center", va="center", fontsize=6)
+    figure.supxlabel(f"bit of {feature}", fontsize=8)
+    figure.colorbar(image, ax=list(grid[0]), label="probe accuracy", pad=0.01, aspect=15)
+    return figure
+
+
+def lead_forest(found: list[Lead]) -> Figure:
+    """Runs, group means with their 95 % intervals, and the line of no lead."""
+    figure, axes = _blank(0.8 + 0.26 * len(found))
+    features = list(dict.fromkeys(lead.feature for lead in found))
+    axes.axvline(0, color=style.GREY, linewidth=0.8)
+    for place, lead in enumerate(found):
+        colour = style.NAMED[features.index(lead.feature) % len(style.NAMED)]
+        axes.plot(lead.each, place + jitter(len(lead.each), 0.24), ".", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
+        if lead.mean is not None:
+            _diamond(axes, lead.mean, lead.low, lead.high, place, colour)
+        axes.text(1.01, place, f"{lead.verdict}, {lead.runs}/{lead.of}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
+    _rows(axes, [lead.name for lead in found])
+    axes.set_xlabel("lead of the feature over the loss (decades of steps)")
+    return figure
+
+
+def ablation(made: list[Strip], value: str) -> Figure:
+    """Nothing, the feature's direction, or random directions removed."""
+    figure, axes = _blank(0.8 + 0.26 * len(made))
+    for place, strip in enumerate(made):
+        colour = strip_colour(strip.kind)
+        if strip.kind == "random" and len(strip.draws) > 1:
+            axes.plot(draw_range(strip), [place, place], color=colour, alpha=0.25, linewidth=7, solid_capstyle="butt")
+        if len(strip.each) <= MANY:
+            axes.plot(strip.each, place + jitter(len(strip.each), 0.24), ".", color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
+        _diamond(axes, strip.mean, strip.low, strip.high, place, colour)
+    _rows(axes, [strip.name for strip in made])
+    axes.set_xlabel(EFFECTS[value])
+    return figure
+
+
+def _diamond(axes: Axes, mean: float, low: float | None, high: float | None, place: int, colour: str) -> None:
+    error = None if low is None or high is None else [[mean - low], [high - mean]]
+    axes.errorbar([mean], [place], xerr=error, fmt="D", color=colour, markersize=4.5, capsize=2, elinewidth=1.2)
+
+
+def _rows(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)

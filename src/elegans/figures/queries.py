@@ -1,0 +1,64 @@
+"""The query behind each figure: what the report runs, and shows, so that every number can be had again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+FEATURES = "select feature, count(distinct run) as runs from probe group by feature order by feature"
+LEAD = 'select "group", feature, runs, "of", mean, low, high, verdict from lead order by feature, "group"'
+TRANSITION = "select run, feature, loss_step, feature_step, lead from transition order by feature, run"
+ABLATION = """select run, feature, method, direction, draw, exact_match, loss, base_exact_match, base_loss
+from ablate
+qualify step = max(step) over (partition by run, feature, method)
+order by feature, method, direction, run, draw"""
+FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
+from metrics group by run, split order by run, split"""
+SITES = """with ends as (select run, feature, site, step, avg(accuracy) as accuracy from probe
+  group by run, feature, site, step qualify step = max(step) over (partition by run, feature))
+select feature, arg_max(site, mean) as site
+from (select feature, site, avg(accuracy) as mean from ends group by feature, site)
+group by feature order by feature"""
+
+
+def quoted(value: str) -> str:
+    """A string literal of SQL."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def among(runs: Sequence[str], everyone: int) -> str:
+    """A condition on the column `run`; nothing to ask where it is every run."""
+    return "true" if len(runs) == everyone else f"run in ({', '.join(quoted(run) for run in sorted(runs))})"
+
+
+def curves(split: str) -> str:
+    """Metrics of one split."""
+    return f"select run, step, loss, accuracy, exact_match from metrics where split = {quoted(split)} order by run, step"
+
+
+def positions(where: str) -> str:
+    """Mean loss by position and step, at steps that at least half of the runs reach."""
+    return f"""select step, position, avg(loss) as loss, count(distinct run) as runs
+from positions where split = 'validation' and {where}
+group by step, position qualify 2 * runs >= max(runs) over ()
+order by step, position"""
+
+
+def probe_map(feature: str, where: str) -> str:
+    """Mean over runs and token positions, by step, site and bit."""
+    return f"""select step, site, family, layer, "index", avg(accuracy) as accuracy, avg(control) as control,
+  avg(chance) as chance, avg(untrained) as untrained, count(distinct run) as runs
+from probe where feature = {quoted(feature)} and {where}
+group by step, site, family, layer, "index" order by step, layer, site, "index\""""
+
+
+def probe_curves(sites: dict[str, str], where: str) -> str:
+    """Accuracy of each run at each feature's site, mean over bits and positions."""
+    pairs = ", ".join(f"({quoted(feature)}, {quoted(site)})" for feature, site in sites.items())
+    return f"""select run, step, feature, avg(accuracy) as accuracy, avg(chance) as chance
+from probe where (feature, site) in ({pairs}) and {where}
+group by run, step, feature order by feature, run, step"""
+
+
+def loss_curves(where: str) -> str:
+    """Validation loss of some runs."""
+    return f"select run, step, loss from metrics where split = 'validation' and {where} order by run, step"

@@ -1,0 +1,97 @@
+"""Files that are either whole or absent: temporary name, fsync, rename. And the lock of a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.numpy
+
+from elegans.errors import StoreError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, whole and on disk, when the block ends without error."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    yield temporary
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically. NaN is refused: a missing number is null."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file atomically. The same rows give the same bytes."""
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], notes: dict[str, str]) -> None:
+    """Write named arrays as safetensors, atomically, with a digest of everything in the header."""
+    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    with replacing(path) as temporary:
+        safetensors.numpy.save_file(arrays, temporary, metadata={**notes, "digest": _digest(arrays, notes)})
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays and notes of a file of `write_arrays`. Raises `StoreError` where a single bit differs."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            notes = dict(file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise StoreError(f"{path}: unreadable ({str(error).splitlines()[0]})") from None
+    if notes.pop("digest", None) != _digest(arrays, notes):
+        raise StoreError(f"{path}: damaged, its digest does not match its contents")
+    return arrays, notes
+
+
+def _digest(arrays: dict[str, np.ndarray], notes: dict[str, str]) -> str:
+    state = hashlib.blake2b(json.dumps(notes, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(arrays):
+        state.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        state.update(memoryview(np.ascontiguousarray(arrays[name])).cast("B") if arrays[name].size else b"")
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; it goes with the process. Raises `StoreError` where another process holds it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"{folder}: another process is writing to this store; wait for it or use another --store") from None
+        yield

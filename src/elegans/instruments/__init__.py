@@ -1,0 +1,8 @@
+"""Instruments: one file each, one protocol. They read trained networks or rows, and yield rows."""
+
+from elegans.instruments.ablate import Ablate
+from elegans.instruments.base import Instrument, Layout, ReplicaInstrument, StoreInstrument, measure
+from elegans.instruments.probe import Probe
+from elegans.instruments.transition import Transition
+
+__all__ = ["Ablate", "Instrument", "Layout", "Probe", "ReplicaInstrument", "StoreInstrument", "Transition", "measure"]

@@ -1,0 +1,185 @@
+"""What an instrument is: something that reads trained networks, or rows, and yields rows.
+
+Two kinds share one protocol, `rows(store)`:
+
+- a `ReplicaInstrument` is written for ONE network (`apply`) and says what the axes of its answers mean
+  (`layouts`); it is run over all replicas of a cohort at once, at every recorded step, and the answers
+  become rows with the columns run and step;
+- a `StoreInstrument` turns rows that the store already has into others.
+
+Every instrument's docstring gives the unit, the chance level and the ceiling of what it measures.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Array, Float
+
+from elegans.randomness import Purpose, key_for
+from elegans.specs import Spec, field, identity, spec
+from elegans.store import Cohort, Store
+from elegans.tasks.sampling import TaskData
+from elegans.training.cohort import resolve, share, stack
+from elegans.training.device import choose, memory_budget
+from elegans.training.run import Run
+from elegans.training.step import params_of
+
+AT_ONCE = 64  # networks measured by one program; fewer where memory is short
+Blocks = dict[str, dict[str, Float[Array, "..."]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What the arrays of one block mean: columns that are constant, and for every axis the columns of each entry."""
+
+    constant: dict[str, Any]
+    axes: Sequence[Sequence[dict[str, Any]]]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """One value per entry of a flattened array, by column."""
+        rows = [self.constant | {k: v for part in parts for k, v in part.items()} for parts in itertools.product(*self.axes)]
+        return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+@spec
+class Instrument(Spec):
+    """Yields tables of rows for a store. `name` names them there."""
+
+    abstract: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def rows(self, store: Store, listener: Callable[[str, Any], None]) -> Iterator[tuple[str, str, pa.Table]]:
+        """(table, part, rows) for everything in the store that is not measured yet."""
+
+
+@spec
+class ReplicaInstrument(Instrument):
+    """An instrument written for one network; the cohort is a transform of it."""
+
+    abstract: ClassVar[bool] = True
+    at: Literal["recorded", "final"] = field("recorded", "every recorded step, or the end of each run only")
+
+    @abc.abstractmethod
+    def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
+        """Measure one network: arrays by block and column name. `key` is the run's, the same at every step."""
+
+    @abc.abstractmethod
+    def layouts(self, run: Run) -> dict[str, Layout]:
+        """What the axes of each block's arrays mean."""
+
+    def finish(self, table: pa.Table) -> pa.Table:
+        """Last touch on a cohort's rows, such as a column that compares steps."""
+        return table
+
+    def rows(self, store: Store, listener: Callable[[str, Any], None]) -> Iterator[tuple[str, str, pa.Table]]:
+        for cohort in store.cohorts():
+            if cohort.status()["finished"] and not _measured(store, self, cohort.id):
+                listener("measure", (self.kind, cohort.id))
+                table = self.finish(pa.concat_tables(list(self._steps(cohort, listener)), promote_options="permissive"))
+                yield self.kind, cohort.id, table
+
+    def _steps(self, cohort: Cohort, listener: Callable[[str, Any], None]) -> Iterator[pa.Table]:
+        runs = {run.id: run for run in cohort.specs()}
+        sound = set(runs) - set(cohort.status()["diverged"])
+        steps = cohort.weight_steps() if self.at == "recorded" else []
+        ids, vectors = cohort.final()
+        lasts = {i: runs[i].length for i in ids}
+        networks: list[tuple[str, int, np.ndarray]] = [(i, lasts[i], v) for i, v in zip(ids, vectors, strict=True) if i in sound]
+        for step in steps:
+            networks += [(i, step, v) for i, v in zip(*cohort.weights(step), strict=True) if i in sound and step != lasts.get(i)]
+        yield from self._over(runs, sorted(networks, key=lambda n: (n[1], n[0])), listener)
+
+    def _over(self, runs: dict[str, Run], networks: list[tuple[str, int, np.ndarray]], listener: Callable) -> Iterator[pa.Table]:
+        """Networks of one structure, in batches of equal size so that one program measures them all."""
+        if not networks:
+            return
+        first = resolve(next(iter(runs.values())))
+        layouts = self.layouts(first)
+        size, program = min(len(networks), AT_ONCE), None
+        start = 0
+        while start < len(networks):
+            batch = networks[start : start + size]
+            stacked, vectors, data, axes = _stacked(runs, batch + batch[-1:] * (size - len(batch)))
+            if program is None:
+                program = jax.jit(jax.vmap(self._one, (0, 0, axes))).lower(stacked, vectors, data).compile()
+                memory = program.memory_analysis()
+                needed, budget = memory.temp_size_in_bytes + memory.output_size_in_bytes, memory_budget(choose()) // 2
+                if needed > budget and size > 1:
+                    size, program = max(1, min(size - 1, int(size * budget / needed))), None
+                    continue
+            blocks = jax.tree.map(np.asarray, program(stacked, vectors, data))
+            start += len(batch)
+            listener("measured", (start, len(networks)))
+            yield from (_table(batch, layouts[name], arrays) for name, arrays in blocks.items())
+
+    def _one(self, run: Run, vector: Float[Array, " parameter"], data: TaskData) -> Blocks:
+        return self.apply(run, params_of(run, vector), data, key_for(run.data_seed, Purpose.INSTRUMENT))
+
+
+@spec
+class StoreInstrument(Instrument):
+    """An instrument that reads rows of the store, all at once."""
+
+    abstract: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def tables(self, store: Store) -> dict[str, pa.Table]:
+        """New tables by name."""
+
+    def rows(self, store: Store, listener: Callable[[str, Any], None]) -> Iterator[tuple[str, str, pa.Table]]:
+        listener("measure", (self.kind, "the store"))
+        yield from ((name, "store", table) for name, table in self.tables(store).items())
+
+
+def silent(stage: str, detail: Any) -> None:
+    """A listener that shows nothing."""
+    del stage, detail
+
+
+def measure(instrument: Instrument, store: Store, listener: Callable[[str, Any], None] = silent) -> list[str]:
+    """Run an instrument over a store and keep its rows there; return the tables that it wrote.
+
+    What the same instrument measured before is not measured again.
+    """
+    written = []
+    for name, part, table in instrument.rows(store, listener):
+        store.add_rows(name, part, table.replace_schema_metadata({"instrument": identity(instrument)}))
+        written.append(name)
+    return sorted(set(written))
+
+
+def _measured(store: Store, instrument: Instrument, part: str) -> bool:
+    path = store.path / "rows" / instrument.kind / f"{part}.parquet"
+    metadata = pq.read_schema(path).metadata or {} if path.exists() else {}
+    return metadata.get(b"instrument", b"").decode() == identity(instrument)
+
+
+def _stacked(runs: dict[str, Run], networks: Sequence[tuple[str, int, np.ndarray]]) -> tuple[Run, np.ndarray, TaskData, Any]:
+    """Specs, parameter vectors and task data of networks, stacked; and which of the data is shared."""
+    chosen = [runs[i] for i, _, _ in networks]
+    data, axes = share(chosen)
+    return stack(chosen), np.stack([vector for _, _, vector in networks]), data, axes
+
+
+def _table(batch: Sequence[tuple[str, int, np.ndarray]], layout: Layout, arrays: dict[str, np.ndarray]) -> pa.Table:
+    """Rows of a batch of networks: arrays [network, *axes]. Rows whose every value is missing are left out."""
+    columns = layout.columns()
+    count = len(next(iter(columns.values())))
+    n = len(batch)
+    table: dict[str, Any] = {
+        "run": np.repeat([i for i, _, _ in batch], count),
+        "step": np.repeat([s for _, s, _ in batch], count),
+        **{name: values * n for name, values in columns.items()},
+        **{name: pa.array(a[:n].reshape(-1).astype(np.float32), from_pandas=True) for name, a in arrays.items()},
+    }
+    known = np.any([~np.isnan(a[:n].reshape(-1)) for a in arrays.values()], axis=0)
+    return pa.table(table).filter(known)

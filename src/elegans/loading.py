@@ -1,0 +1,154 @@
+"""From what a user names to a study: a Python file, a YAML file, or a study that ships."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
+
+from elegans import specs, studies
+from elegans.errors import Invalid
+from elegans.study import Study
+from elegans.training.run import Run
+
+RANGE_LIMIT = 1_000_000  # values of one a..b
+
+
+def load_study(name: str) -> Study:
+    """The study of a `.py` file that defines `study`, a `.yaml` file, or a name that ships. Raises `Invalid`."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return from_yaml(path)
+    if path.suffix == ".py":
+        return _checked(load_module(path), str(path), path.stem)
+    if name not in studies.names():
+        raise Invalid("study", name, f"allowed: a .py or .yaml file, or one of {', '.join(studies.names())}")
+    return _checked(importlib.import_module(f"elegans.studies.{name}"), name, name)
+
+
+def load_module(path: Path) -> Any:
+    """Import a user's file under its own name, so that its components can be named. Raises `Invalid`."""
+    if not path.is_file():
+        raise Invalid("file", str(path), "allowed: a Python file that exists")
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path.resolve()):
+        return loaded
+    if loaded is not None or path.stem in sys.stdlib_module_names:
+        raise Invalid("file", str(path), f"a module named {path.stem} exists already: rename the file")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.resolve().parent))  # a study may import its neighbours
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def _checked(module: Any, name: str, stem: str) -> Study:
+    found = getattr(module, "study", None)
+    if isinstance(found, Study):
+        return found
+    if isinstance(found, Sequence) and all(isinstance(run, Run) for run in found):
+        return Study(list(found), name=stem)
+    raise Invalid("study", name, "the file must define `study`: an elegans.Study or a list of elegans.Run")
+
+
+# ---- YAML
+
+
+def from_yaml(path: Path) -> Study:
+    """A study from YAML: `run` is one run, `sweep` maps dotted fields to lists, `instruments` lists instruments.
+
+    YAML 1.2: 1e-3 is a number, duplicate keys are errors. Raises `Invalid`.
+    """
+    data = read_yaml(path)
+    allowed = ("run", "sweep", "instruments", "question")
+    if not isinstance(data, Mapping) or "run" not in data:
+        raise Invalid("run", None, f"{path} must map `run` to a run; allowed keys: {', '.join(allowed)}")
+    for key in data:
+        if key not in allowed:
+            raise Invalid(str(key), data[key], f"unknown key; allowed: {', '.join(allowed)}")
+    sweep = data.get("sweep") or {}
+    for field, values in sweep.items():
+        if not isinstance(values, list):
+            raise Invalid(f"sweep.{field}", values, "allowed: a list of values")
+    runs = sweep_runs(data["run"], sweep)
+    return Study(runs, _instruments(data.get("instruments") or []), path.stem, data.get("question") or "")
+
+
+def sweep_runs(run: Any, sweep: Mapping[str, Sequence[Any]]) -> list[Run]:
+    """Runs of plain data and axes. A field may be given by the axes alone, such as `steps` swept and not set."""
+    if not isinstance(run, Mapping):
+        raise Invalid("run", run, f"allowed: a mapping with {', '.join(Run.infos)}")
+    lengths = ("steps", "examples", "epochs", "flops")
+    swept = [n for n in lengths if sweep.get(n)]
+    start = dict(run) if any(n in run for n in lengths) or not swept else {**run, swept[0]: sweep[swept[0]][0]}
+    return specs.grid(specs.from_dict(Run, start), sweep)
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain data of a YAML 1.2 file. Raises `Invalid` for what YAML refuses, duplicate keys included."""
+    if not path.is_file():
+        raise Invalid("file", str(path), "allowed: a YAML file that exists")
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except DuplicateKeyError as error:
+        raise Invalid("file", str(path), str(error.problem) + f" (line {error.problem_mark.line + 1})") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise Invalid("file", str(path), f"no YAML: {' '.join(str(error).split())[:200]}") from None
+
+
+def _instruments(data: Any) -> tuple[Any, ...]:
+    from elegans.instruments import Instrument
+
+    if not isinstance(data, list):
+        raise Invalid("instruments", data, "allowed: a list of instruments")
+    return tuple(specs.from_dict(Instrument, item, f"instruments[{i}]") for i, item in enumerate(data))
+
+
+# ---- dotted overrides
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, list[Any]]:
+    """`optim.lr=1e-3,3e-4` and `seed=0..4` (both ends included) as axes. Raises `Invalid`."""
+    axes: dict[str, list[Any]] = {}
+    for word in words:
+        name, sign, text = word.partition("=")
+        if not sign or not name:
+            raise Invalid("override", word, "allowed: field=value, field=value,value or field=first..last")
+        if name in axes:
+            raise Invalid(name, text, "given twice")
+        axes[name] = [value for part in _split(text) for value in _values(name, part)]
+        if text == "":
+            raise Invalid(name, text, "an empty sweep makes no runs; give at least one value")
+    return axes
+
+
+def _split(text: str) -> list[str]:
+    """Parts between commas that stand outside brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _values(name: str, text: str) -> list[Any]:
+    first, dots, last = text.partition("..")
+    if dots:
+        if not (first.lstrip("-").isdigit() and last.lstrip("-").isdigit()) or not 0 <= int(last) - int(first) < RANGE_LIMIT:
+            raise Invalid(name, text, "allowed: whole numbers first..last, ascending")
+        return list(range(int(first), int(last) + 1))
+    try:
+        return [YAML(typ="safe", pure=True).load(text)]
+    except YAMLError:
+        raise Invalid(name, text, "no value that YAML reads") from None

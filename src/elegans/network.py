@@ -1,0 +1,106 @@
+"""One trained run in your hands: its model, weights and task; to sample, trace and edit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from elegans.errors import Invalid
+from elegans.models import Model
+from elegans.models.base import Edit
+from elegans.randomness import Purpose, key_for
+from elegans.store import Store
+from elegans.tasks import Task
+from elegans.tasks.base import PARTS
+from elegans.tasks.sampling import draw_set, prepare
+from elegans.training.cohort import resolve
+from elegans.training.run import Run
+from elegans.training.step import params_of, scores
+from elegans.types import Example, Trace, no_edit
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A run with the weights of one step."""
+
+    run: Run
+    step: int
+    params: Any  # weights under TransformerLens names, `params["blocks"][0]["attn"]["W_Q"]`
+
+    @property
+    def task(self) -> Task:
+        return self.run.task
+
+    @property
+    def model(self) -> Model:
+        return self.run.model
+
+    def examples(self, count: int = 16, part: str = "test", seed: int = 0) -> Example:
+        """Stacked examples of a part of the task's split. Raises `Invalid`."""
+        if part not in PARTS:
+            raise Invalid("part", part, f"allowed: {', '.join(PARTS)}")
+        return jax.jit(lambda k: draw_set(self.task, part, k, count, prepare(self.task)))(key_for(seed, Purpose.INSTRUMENT))
+
+    def tokens(self, rows: str | Sequence[int] | Any) -> Int[Array, "*batch position"]:
+        """Token ids of a text, of ids, or of arrays of them. Raises `Invalid` for symbols and ids that the task lacks."""
+        if isinstance(rows, str):
+            symbols = self.task.symbols
+            words = list(rows) if all(len(s) == 1 for s in symbols) else rows.split()
+            unknown = [w for w in words if w not in symbols]
+            if unknown:
+                raise Invalid("tokens", unknown[0], f"allowed: {' '.join(symbols)}")
+            rows = [symbols.index(w) for w in words]
+        ids = np.asarray(rows)
+        if ids.size == 0 or not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= self.task.vocab_size:
+            raise Invalid("tokens", rows, f"allowed: at least one id from 0 to {self.task.vocab_size - 1}")
+        return jnp.asarray(ids, jnp.int32)
+
+    def trace(self, tokens: Any, edit: Edit = no_edit) -> tuple[Float[Array, "*batch position vocab"], Trace]:
+        """Logits after every token, and everything on the way; `edit(site, x)` intervenes. See models/transformer.py for sites."""
+        ids = self.tokens(tokens)
+        if ids.ndim == 1:
+            return self.model.apply(self.params, ids, edit=edit)
+        return jax.vmap(lambda row: self.model.apply(self.params, row, edit=edit), axis_name="batch")(ids)
+
+    def score(self, count: int = 512, part: str = "test", edit: Edit = no_edit) -> dict[str, float]:
+        """Loss (nats per scored token), accuracy and exact match on examples of a part, under an edit."""
+        rows = self.examples(count, part)
+        loss, metrics = scores(self.trace(rows.tokens[:, :-1], edit)[0], rows)
+        return {"loss": float(loss), **{k: float(v) for k, v in metrics.items()}}
+
+    def complete(self, prompt: Any, length: int | None = None, temperature: float = 0.0, seed: int = 0) -> list[int]:
+        """The prompt continued to `length` tokens (the task's rows): the likeliest token each time, or drawn at a temperature."""
+        row = self.tokens(prompt).tolist()
+        length = self.task.positions if length is None else length
+        forward = jax.jit(lambda ids: self.model.apply(self.params, ids)[0])
+        for place in range(len(row), length):
+            padded = jnp.asarray(row + [0] * (length - len(row)), jnp.int32)  # one shape, one program; attention is causal
+            logits = forward(padded)[place - 1]
+            key = key_for(seed, Purpose.INSTRUMENT, place)
+            row.append(int(logits.argmax() if temperature == 0 else jax.random.categorical(key, logits / temperature)))
+        return row
+
+
+def load(store: Store, run: str, step: int | None = None) -> Network:
+    """A run of a store, by the start of its id, with its final weights or those of a recorded step. Raises `Invalid`."""
+    cohort, line = store.find(run)
+    spec = cohort.specs()[line["slot"]]
+    if step is not None and step not in cohort.weight_steps():
+        raise Invalid("step", step, f"allowed: {', '.join(map(str, cohort.weight_steps())) or 'none was recorded'}")
+    ids, vectors = cohort.final() if step is None else cohort.weights(step)
+    if line["run"] not in ids:
+        raise Invalid("run", run, "it has no weights there: unfinished, diverged or shorter")
+    params = jax.tree.map(jnp.asarray, params_of(resolve(spec), vectors[ids.index(line["run"])]))
+    return Network(spec, line["length"] if step is None else step, params)
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a store: `.runs()`, `.table(name)`, `.sql(query)`, and `elegans.load(store, run)` for a network."""
+    return Store(path)

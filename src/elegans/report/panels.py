@@ -1,0 +1,147 @@
+"""The figures of the report: which, for which runs, and the query that gives each one's rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from elegans.figures import effects, queries, style
+from elegans.figures.catalogue import Catalogue, Tables
+from elegans.figures.curves import MANY, UNITS, curves, series, timeline
+from elegans.figures.effects import Lead
+from elegans.figures.maps import position_map, probe_map
+from elegans.report.words import the
+
+MOST_FIELDS = 6  # to colour curves by
+MOST_GROUPS = 8  # offered as a mean of their own
+SINGLE, SINGLE_OF_MANY = 12, 6  # runs offered one by one
+SPLITS = {"validation": "validation", "train": "training", "test": "test"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One place on the page: figures to choose between, and the query behind the first."""
+
+    title: str
+    query: str
+    choices: list[tuple[str, go.Figure]]
+
+    @property
+    def caption(self) -> str:
+        """Caption of the figure shown first."""
+        return style.caption(self.choices[0][1])
+
+    @property
+    def height(self) -> int:
+        """Pixels of the tallest figure, so that the page never jumps."""
+        return max(int(figure.layout.height) for _, figure in self.choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Runs that are shown together."""
+
+    label: str
+    runs: list[str]
+
+
+def views(runs: Catalogue) -> list[View]:
+    """The runs that learned, those that did not, each group of the first differing field, and a few single runs."""
+    going = [f.id for f in runs.facts.values() if f.state != "diverged"]
+    learned = set(runs.learned)
+    others = [run for run in going if run not in learned]
+    found = [View("mean over the runs that learned", runs.learned), View("mean over the runs that did not learn", others)]
+    if not learned:
+        found = [View("mean over the runs that did not diverge", going)]
+    if runs.differing and learned:
+        grouping = runs.grouping(runs.differing[0])
+        for label in grouping.labels[:MOST_GROUPS]:
+            found.append(View(f"learned, {grouping.title}={label}", [run for run in runs.learned if grouping.of[run] == label]))
+    count = SINGLE if len(runs.facts) <= MANY else SINGLE_OF_MANY
+    for run in [*runs.learned, *others][:count]:
+        found.append(View(f"run {run[:8]} ({runs.describe(run)})", [run]))
+    return [view for view in found if view.runs]
+
+
+# ---- panels
+
+
+def curve_panels(tables: Tables, runs: Catalogue, first: Sequence[str]) -> list[Panel]:
+    """Loss and exact match against the step; every differing field can colour them, those named in `first` first."""
+    rows = {split: tables.ask(queries.curves(split)) for split in ("validation", "train")}
+    fields: Sequence[str | None] = sorted(runs.differing, key=lambda name: runs.short(name) not in first and name not in first)[
+        :MOST_FIELDS
+    ]
+    panels = []
+    for title, values in (("Loss", ["loss"]), ("Accuracy", ["exact_match", "accuracy"])):
+        parts = [(value, split) for value in values for split, part in rows.items() if part.num_rows and series(part, value)]
+        choices = [
+            (_curve_label(runs, value, split, by, len(values) > 1), curves(rows[split], runs, value, split, by))
+            for value, split in parts
+            for by in fields or [None]
+        ]
+        if choices:
+            panels.append(Panel(title, queries.curves(parts[0][1]), choices))
+    return panels
+
+
+def _curve_label(runs: Catalogue, value: str, split: str, by: str | None, several: bool) -> str:
+    parts = [UNITS[value][0]] if several else []
+    return ", ".join([*parts, SPLITS[split], *([f"coloured by {runs.short(by)}"] if by else [])])
+
+
+def position_panel(tables: Tables, runs: Catalogue) -> list[Panel]:
+    """Loss by position and step."""
+    made = []
+    for view in views(runs):
+        query = queries.positions(queries.among(view.runs, len(runs.facts)))
+        rows = tables.ask(query)
+        if rows.num_rows and rows["loss"].null_count < rows.num_rows:
+            made.append((view.label, query, position_map(rows, view.label)))
+    return [Panel("Loss at every position", made[0][1], [(label, figure) for label, _, figure in made])] if made else []
+
+
+def probe_panels(tables: Tables, runs: Catalogue) -> list[Panel]:
+    """A probe map for every feature."""
+    panels = []
+    for feature in tables.ask(queries.FEATURES)["feature"].to_pylist():
+        made = []
+        for view in views(runs):
+            query = queries.probe_map(feature, queries.among(view.runs, len(runs.facts)))
+            rows = tables.ask(query)
+            if rows.num_rows:
+                made.append((view.label, query, probe_map(rows, feature, view.label)))
+        if made:
+            panels.append(Panel(f"Where {the(feature)} can be read", made[0][1], [(label, figure) for label, _, figure in made]))
+    return panels
+
+
+def timeline_panel(tables: Tables, runs: Catalogue) -> list[Panel]:
+    """Probe accuracy beside the loss."""
+    sites = {row["feature"]: row["site"] for row in tables.ask(queries.SITES).to_pylist()}
+    made = []
+    for view in views(runs):
+        where = queries.among(view.runs, len(runs.facts))
+        query = queries.probe_curves(sites, where)
+        probe = tables.ask(query)
+        if probe.num_rows and "metrics" in tables.names:
+            loss = queries.loss_curves(where)
+            made.append((view.label, f"{query};\n\n{loss}", timeline(probe, tables.ask(loss), runs, sites)))
+    return (
+        [Panel("When it can be read, and when the loss falls", made[0][1], [(label, figure) for label, _, figure in made])] if made else []
+    )
+
+
+def lead_panel(found: list[Lead]) -> list[Panel]:
+    """The forest plot."""
+    query = f"{queries.LEAD};\n\n{queries.TRANSITION}"
+    return [Panel("Does the feature come before the loss?", query, [("", effects.lead_forest(found))])] if found else []
+
+
+def ablation_panel(tables: Tables) -> list[Panel]:
+    """What removing a direction does."""
+    rows = tables.ask(queries.ABLATION)
+    choices = [(UNITS[value][0], effects.ablation(rows, value)) for value in effects.EFFECTS if len(effects.strips(rows, value)) > 1]
+    return [Panel("Does the network use it?", queries.ABLATION, choices)] if choices else []

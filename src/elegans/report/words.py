@@ -1,0 +1,128 @@
+"""The answer in plain words, and the few numbers at the top of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elegans.figures.catalogue import LEARNED, Catalogue, Facts
+from elegans.figures.effects import Lead, Strip, draw_range, plural
+
+MOST_GROUPS = 4  # named in a sentence
+VERDICTS = {
+    "leads": "the feature leads",
+    "lags": "the feature lags behind",
+    "no lead": "no lead",
+    "undecided": "undecided: the interval leaves the order open",
+}
+SHORT = {"leads": "leads", "lags": "lags", "no lead": "shows no lead", "undecided": "is undecided"}
+
+
+def answer(found: Sequence[Lead], removed: Sequence[Strip], runs: Catalogue) -> str:
+    """One paragraph, from the rows of `lead` and `ablate`; where there are none it says so."""
+    features = dict.fromkeys(lead.feature for lead in found)
+    sentences = [_lead_sentence(feature, [lead for lead in found if lead.feature == feature]) for feature in features]
+    sentences += [_ablation_sentence(strip, removed) for strip in removed if strip.kind == "feature"]
+    if not sentences:
+        sentences = ["No lead and no ablation was measured in this store.", learned_sentence(runs)]
+    return " ".join(s for s in sentences if s)
+
+
+def learned_sentence(runs: Catalogue) -> str:
+    """How many runs learned, and what that means."""
+    told = [f for f in runs.facts.values() if f.learned is not None]
+    if not told:
+        return "Whether runs learned is not known: no validation loss or exact match was measured."
+    return f"{len(runs.learned)} of {plural(len(told), 'run')} learned: {LEARNED}."
+
+
+def the(feature: str) -> str:
+    """A feature's name in a sentence."""
+    return f"the {feature.replace('_', ' ')}"
+
+
+# ---- lead
+
+
+def _lead_sentence(feature: str, groups: list[Lead]) -> str:
+    if len(groups) == 1:
+        return _one_group(groups[0])
+    runs, of = sum(g.runs for g in groups), sum(g.of for g in groups)
+    parts = []
+    for verdict in dict.fromkeys([*SHORT, *(g.verdict for g in groups)]):
+        chosen = [g for g in groups if g.verdict == verdict]
+        if chosen:
+            named = "; ".join(f"{g.group} {_interval(g)}" for g in chosen[:MOST_GROUPS])
+            more = f"; and {len(chosen) - MOST_GROUPS} more" if len(chosen) > MOST_GROUPS else ""
+            parts.append(f"{SHORT.get(verdict, verdict)} in {len(chosen)} ({named}{more})")
+    said = ", ".join(parts)
+    tail = f"in decades of steps before the loss falls; {runs} of {of} runs reached both."
+    return f"Of {len(groups)} groups of runs, {the(feature)} {said}, {tail}"
+
+
+def _one_group(lead: Lead) -> str:
+    where = "" if lead.group in ("", "all") else f" with {lead.group}"
+    if lead.mean is None or lead.runs == 0:
+        return f"No run{where} reached both the step of {the(lead.feature)} and that of the loss: their order is undecided."
+    side, sign = ("before", 1) if lead.mean >= 0 else ("after", -1)
+    verdict = VERDICTS.get(lead.verdict, lead.verdict)
+    n = f"{lead.runs} of {plural(lead.of, 'run')}{where}"
+    size = f"{_interval(lead, sign)} decades of steps {side} the loss falls (a factor of {10 ** abs(lead.mean):.2g})"
+    return f"In {n}, {the(lead.feature)} is decodable {size}: {verdict}."
+
+
+def _interval(lead: Lead, sign: int = 1) -> str:
+    """Mean and 95 % interval; with sign -1 a lag is said as a positive number."""
+    if lead.mean is None:
+        return "not measured"
+    if lead.low is None or lead.high is None:
+        return f"{sign * lead.mean:.2f} (no interval)"
+    low, high = sorted((sign * lead.low, sign * lead.high))
+    return f"{sign * lead.mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+# ---- ablation
+
+
+def _ablation_sentence(strip: Strip, among: Sequence[Strip]) -> str:
+    """What removing a feature's direction does, beside removing random ones."""
+    base = next((s for s in among if s.kind == "base"), None)
+    random = next((s for s in among if s.kind == "random" and (s.feature, s.method) == (strip.feature, strip.method)), None)
+    start = "" if base is None else f" from {base.mean:.2f}"
+    bounds = "" if strip.low is None else f" [{strip.low:.2f}, {strip.high:.2f}]"
+    n = plural(len(strip.each), "run")
+    said = f"Removing the direction of {the(strip.feature)} takes exact match{start} to {strip.mean:.2f}{bounds} (n = {n})"
+    if random is None:
+        return f"{said}; no random direction was removed for comparison."
+    low, high = draw_range(random)
+    use = "more than random directions do: the network uses it" if strip.mean < low else "no more than random directions do"
+    return f"{said}, removing random ones to {random.mean:.2f} (95 % of draws {low:.2f} to {high:.2f}): {use}."
+
+
+# ---- key numbers
+
+
+def key_numbers(runs: Catalogue) -> list[tuple[str, str, str]]:
+    """Value, name and note of the few numbers at the top. What was not measured says so."""
+    facts = list(runs.facts.values())
+    counts = {state: sum(f.state == state for f in facts) for state in ("finished", "unfinished", "diverged")}
+    states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
+    told = [f for f in facts if f.learned is not None]
+    numbers = [(f"{len(facts):,}", "runs", states)]
+    numbers.append((f"{len(runs.learned)} of {len(told):,}" if told else "not measured", "learned", "last validation loss past half-way"))
+    best = min((f for f in facts if f.loss is not None), key=lambda f: (f.loss, f.id), default=None)
+    numbers.append(("not measured" if best is None else f"{best.loss:.4f}", "best validation loss", _bounds(best)))
+    test = best and best.test_exact_match
+    numbers.append(("not measured" if test is None else f"{test:.3f}", "its exact match on test rows", f"run {best.id}" if best else ""))
+    sizes = [f.row["parameters"] for f in facts if f.row["parameters"] is not None]
+    span = "not known" if not sizes else f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+    numbers.append((span, "parameters", ""))
+    flops = [f.row["flops_per_step"] * f.row["length"] for f in facts if None not in (f.row["flops_per_step"], f.row["length"])]
+    numbers.append((f"{sum(flops):.2g}" if flops else "not known", "training FLOPs", "planned, all runs together"))
+    return numbers
+
+
+def _bounds(best: Facts | None) -> str:
+    if best is None:
+        return ""
+    known = [f"{kind} {value:.3g}" for kind, value in (("floor", best.floor), ("plateau", best.plateau)) if value is not None]
+    return ", ".join(["nats per scored token", *known])

@@ -1,0 +1,381 @@
+"""What is on disk: a folder of cohorts, few files for many runs, readable with common tools.
+
+    store/
+      format.json                        version of this layout
+      cohorts/<id>/
+        spec.json                        a run per line: id, label, slot, steps, fingerprints, spec
+        plan.json                        members, sizes, shrink points, memory budget
+        provenance.json, source/         versions, device, flags, commit; copies of the user's files
+        metrics-<from>-<to>.parquet      run, step, split, loss, accuracy, exact_match, grad_norm, ...
+        positions-<from>-<to>.parquet    run, step, split, position, loss
+        metrics.parquet, positions.parquet  the same, merged, once the cohort is finished
+        weights-<step>.safetensors       recorded parameters, stacked over replicas
+        state-<step>.safetensors         parameters and optimiser: to resume from, and the final ones
+        status.json                      step, finished, diverged runs, whether it was recompiled
+        timings.jsonl                    wall-clock, apart from everything reproducible
+      rows/<instrument>/<cohort>.parquet what instruments measured
+      report.html
+
+Names derive from content, never from time. There is no pickle and no code that loading would run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from elegans import specs
+from elegans.errors import StoreError
+from elegans.files import file_digest, locked, read_arrays, write_arrays, write_json, write_table, write_text
+from elegans.sources import code_of, custom_files
+from elegans.training.checkpoint import arrays_to_vectors, state_to_arrays, weights_to_arrays
+from elegans.training.cohort import resolve
+from elegans.training.planner import CohortPlan, flops_per_step, parameters
+from elegans.training.run import Run
+from elegans.training.train import Checkpoint, Compiled, Event, Rows, Weights
+
+FORMAT = 1
+TABLES = ("metrics", "positions")
+
+
+class Store:
+    """A folder of cohorts. `Store(path)` opens one that exists; `Store.create(path)` makes one where there is none."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"{self.path}: a file, not a store; give a folder")
+        if not (self.path / "format.json").exists():
+            raise StoreError(f"{self.path}: no store here; make one with `elegans run ... --store {self.path}`")
+        found = json.loads((self.path / "format.json").read_text())["format"]
+        if found > FORMAT:
+            raise StoreError(f"{self.path}: written by a newer elegans (format {found}, this one reads up to {FORMAT}); upgrade elegans")
+
+    @classmethod
+    def check(cls, path: str | Path) -> None:
+        """Raise `StoreError` where a store could not be made or opened. Writes nothing."""
+        path = Path(path)
+        if (path / "format.json").exists() or (path.exists() and not path.is_dir()):
+            cls(path)
+        elif path.exists() and any(path.iterdir()):
+            raise StoreError(f"{path}: a folder with other things in it; give an empty or a new one")
+        blocked = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
+        if blocked is not None:
+            raise StoreError(f"{path}: {blocked} is a file")
+
+    @classmethod
+    def create(cls, path: str | Path) -> Store:
+        """Open the store at a path, made if there is none."""
+        cls.check(path)
+        path = Path(path)
+        (path / "cohorts").mkdir(parents=True, exist_ok=True)
+        if not (path / "format.json").exists():
+            write_json(path / "format.json", {"format": FORMAT})
+        return cls(path)
+
+    def lock(self) -> Any:
+        """A context in which this process alone writes."""
+        return locked(self.path)
+
+    # ---- cohorts
+
+    def cohorts(self) -> list[Cohort]:
+        """Every cohort whose plan was written, by id."""
+        folders = sorted((self.path / "cohorts").iterdir()) if (self.path / "cohorts").exists() else []
+        return [Cohort(f) for f in folders if (f / "plan.json").exists()]
+
+    def add(self, plan: CohortPlan, provenance: dict[str, Any]) -> Cohort:
+        """The folder of a planned cohort, made if there is none. The plan is written last: it marks the folder as whole."""
+        folder = self.path / "cohorts" / plan.id
+        if (folder / "plan.json").exists():
+            return Cohort(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(_line(slot, run), sort_keys=True) for slot, run in enumerate(plan.runs)]
+        write_text(folder / "spec.json", "\n".join(lines) + "\n")
+        files = sorted({f for run in plan.runs for f in custom_files(run)})
+        for file in files:
+            (folder / "source").mkdir(exist_ok=True)
+            write_text(folder / "source" / file.name, file.read_text(encoding="utf-8"))
+        write_json(folder / "provenance.json", provenance)
+        write_json(folder / "plan.json", plan.to_dict())
+        return Cohort(folder)
+
+    def remove(self, cohorts: Iterable[Cohort]) -> None:
+        """Delete cohorts and what instruments measured of them."""
+        for cohort in cohorts:
+            (cohort.path / "plan.json").unlink()  # first: a half-deleted cohort is no cohort
+            shutil.rmtree(cohort.path)
+            for rows in self.path.glob(f"rows/*/{cohort.id}.parquet"):
+                rows.unlink()
+
+    # ---- runs
+
+    def lines(self) -> list[dict[str, Any]]:
+        """A line for every run: id, label, cohort, slot, steps, spec, code."""
+        return [line | {"cohort": cohort.id} for cohort in self.cohorts() for line in cohort.lines()]
+
+    def find(self, run: str) -> tuple[Cohort, dict[str, Any]]:
+        """The cohort and line of a run, by its id or the start of it. Raises `StoreError`."""
+        found = [(c, line) for c in self.cohorts() for line in c.lines() if line["run"].startswith(run)]
+        if len(found) != 1:
+            known = ", ".join(line["run"] for line in self.lines()[:5])
+            raise StoreError(f"{self.path}: {'no' if not found else 'more than one'} run {run!r}; there are {known}, ...")
+        return found[0]
+
+    def runs(self) -> pa.Table:
+        """A row for every run: id, cohort, label, state, divergence, lengths, and every field of its spec by dotted path."""
+        rows = []
+        for cohort in self.cohorts():
+            status = cohort.status()
+            for line in cohort.lines():
+                at = status["diverged"].get(line["run"])
+                done = at is not None or status["finished"] or status["step"] >= line["steps"]
+                state = "diverged" if at is not None else "finished" if done else "unfinished"
+                head = {"run": line["run"], "cohort": cohort.id, "label": line["label"], "state": state, "diverged_at": at}
+                rows.append(head | {k: line[k] for k in ("length", "parameters", "flops_per_step")} | specs.flat(line["spec"]))
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+
+    # ---- rows
+
+    def table(self, name: str) -> pa.Table:
+        """The rows of `runs`, `metrics`, `positions`, `timings`, or of an instrument by its name."""
+        if name == "runs":
+            return self.runs()
+        if name == "timings":
+            return pa.Table.from_pylist([row for cohort in self.cohorts() for row in cohort.timings()])
+        paths = [p for cohort in self.cohorts() for p in cohort.parts(name)] if name in TABLES else self._row_files(name)
+        tables = [pq.read_table(p) for p in paths]
+        return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+
+    def _row_files(self, name: str) -> list[Path]:
+        return sorted((self.path / "rows" / name).glob("*.parquet"))
+
+    def has(self, name: str) -> bool:
+        """Whether a table has rows."""
+        return self.table(name).num_columns > 0
+
+    def tables(self) -> list[str]:
+        """Names of the tables that have rows."""
+        names = ["runs", *TABLES, "timings", *sorted(p.name for p in (self.path / "rows").glob("*") if p.is_dir())]
+        return [name for name in names if self.has(name)]
+
+    def add_rows(self, instrument: str, part: str, table: pa.Table) -> None:
+        """Keep what an instrument measured of one cohort (or of all: part "store")."""
+        (self.path / "rows" / instrument).mkdir(parents=True, exist_ok=True)
+        write_table(self.path / "rows" / instrument / f"{part}.parquet", table)
+
+    def sql(self, query: str) -> pa.Table:
+        """Answer a DuckDB query over the tables. Columns with dots need quotes: "optim.lr". Raises `StoreError`."""
+        connection = duckdb.connect(config={"enable_external_access": False})
+        try:
+            for name in self.tables():
+                connection.register(name, self.table(name))
+            return connection.sql(query).to_arrow_table()
+        except (duckdb.Error, AttributeError) as error:
+            reason = str(error).splitlines()[0] if not isinstance(error, AttributeError) else "not a query that returns rows"
+            raise StoreError(f"sql: {reason}; tables: {', '.join(self.tables())}") from None
+        finally:
+            connection.close()
+
+
+def _line(slot: int, run: Run) -> dict[str, Any]:
+    facts = {"length": run.length, "parameters": parameters(run), "flops_per_step": flops_per_step(run)}
+    label = specs.fill(run.label, run) if run.label else None
+    return {"run": run.id, "slot": slot, "label": label, "steps": run.length, **facts, "code": code_of(run), "spec": specs.to_dict(run)}
+
+
+def _column(values: list[Any]) -> pa.Array:
+    kinds = {type(v) for v in values if v is not None}
+    return pa.array(values) if len(kinds) <= 1 or kinds == {int, float} else pa.array([None if v is None else str(v) for v in values])
+
+
+class Cohort:
+    """One cohort's folder."""
+
+    def __init__(self, path: Path):
+        self.path, self.id = path, path.name
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of spec.json, in slot order."""
+        return [json.loads(line) for line in (self.path / "spec.json").read_text().splitlines()]
+
+    def specs(self) -> list[Run]:
+        """The runs, in slot order. Custom components must have been imported by the user."""
+        return [specs.from_dict(Run, line["spec"] | {"label": line["label"]}) for line in self.lines()]
+
+    def first(self) -> Run:
+        """The first run as the engine sees it: its shapes are every run's."""
+        return resolve(specs.from_dict(Run, self.lines()[0]["spec"]))
+
+    def plan(self) -> CohortPlan:
+        """The stored plan."""
+        runs = {line["run"]: run for line, run in zip(self.lines(), self.specs(), strict=True)}
+        return CohortPlan.from_dict(json.loads((self.path / "plan.json").read_text()), runs)
+
+    def status(self) -> dict[str, Any]:
+        """Step, whether finished, diverged runs with their steps, whether an executable was rebuilt on resume."""
+        path = self.path / "status.json"
+        none = {"step": 0, "finished": False, "diverged": {}, "recompiled": False}
+        return none | (json.loads(path.read_text()) if path.exists() else {})
+
+    def timings(self) -> list[dict[str, Any]]:
+        """Wall-clock records: of every session of training, compile and step seconds."""
+        path = self.path / "timings.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line) | {"cohort": self.id})
+            except json.JSONDecodeError:  # a process was killed while it wrote this line
+                continue
+        return rows
+
+    def parts(self, table: str) -> list[Path]:
+        """Parquet parts of a table, in step order; a finished cohort's are merged into one file."""
+        merged = self.path / f"{table}.parquet"
+        return [merged] if merged.exists() else sorted(self.path.glob(f"{table}-*.parquet"))
+
+    def tidy(self) -> None:
+        """Remove what a finished cohort needs no more: merged parts, files of a write that was cut short."""
+        for pattern in (".*.tmp", *(f"{table}-*.parquet" for table in TABLES)):
+            for path in self.path.glob(pattern):
+                path.unlink()
+
+    # ---- weights
+
+    def weight_steps(self) -> list[int]:
+        """Steps at which parameters were recorded."""
+        return [_step(p) for p in sorted(self.path.glob("weights-*.safetensors"))]
+
+    def weights(self, step: int) -> tuple[list[str], np.ndarray]:
+        """Ids of the runs recorded at a step, and their parameters [replica, parameter]."""
+        arrays, notes = read_arrays(self.path / f"weights-{step:010d}.safetensors")
+        return json.loads(notes["runs"]), arrays_to_vectors(self.first(), arrays)
+
+    def final(self) -> tuple[list[str], np.ndarray]:
+        """Ids and final parameters [replica, parameter] of every run that ended."""
+        found: dict[str, np.ndarray] = {}
+        lines = self.lines()
+        for path in sorted(self.path.glob("state-*.safetensors")):
+            arrays, _ = read_arrays(path)
+            vectors = arrays_to_vectors(self.first(), arrays)
+            ended = [(line["run"], v) for line, v in zip(lines, vectors, strict=False) if line["steps"] <= _step(path)]
+            found = dict(ended) | found  # the earliest state after a run's end: later ones hold the same weights
+        ids = [line["run"] for line in lines if line["run"] in found]
+        return ids, np.stack([found[i] for i in ids]) if ids else np.empty((0, 0))
+
+    # ---- resuming
+
+    def newest_state(self) -> tuple[int, dict[str, np.ndarray]] | None:
+        """The newest undamaged checkpoint whose metrics are all there; warns of every one that is passed over."""
+        for path in sorted(self.path.glob("state-*.safetensors"), reverse=True):
+            try:
+                arrays, notes = read_arrays(path)
+                for name, digest in json.loads(notes["parts"]).items():
+                    if not (self.path / name).exists() or file_digest(self.path / name) != digest:
+                        raise StoreError(f"{self.path / name}: missing or damaged")
+                return _step(path), arrays
+            except StoreError as error:
+                warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
+        return None
+
+    def writer(self, step: int) -> Writer:
+        """A writer that goes on from a checkpoint's step: whatever is newer is dropped."""
+        return Writer(self, step)
+
+
+def _step(path: Path) -> int:
+    return int(re.findall(r"\d+", path.stem)[-1])
+
+
+class Writer:
+    """Writes a cohort's events. Rows reach the disk with the checkpoint that closes them, so that a killed
+    process leaves the same files as one that was never stopped."""
+
+    def __init__(self, cohort: Cohort, step: int):
+        self.cohort, self.step = cohort, step
+        self.run, self.lines = cohort.first(), cohort.lines()
+        self.stops = {stop for _, stop, _ in json.loads((cohort.path / "plan.json").read_text())["segments"]}
+        self.rows: dict[str, list[dict[str, np.ndarray]]] = {table: [] for table in TABLES}
+        for path in cohort.path.glob(".*.tmp"):
+            path.unlink()
+        for path in [p for pattern in ("*-*.parquet", "state-*", "weights-*") for p in cohort.path.glob(pattern)]:
+            if _step(path) > step or (step == 0 and path.suffix == ".parquet"):
+                path.unlink()
+        self.digests = {p.name: file_digest(p) for table in TABLES for p in cohort.parts(table)}
+
+    def write(self, event: Event) -> None:
+        """Keep an event."""
+        if isinstance(event, Rows):
+            self.rows[event.table].append(event.columns)
+        elif isinstance(event, Weights):
+            arrays = weights_to_arrays(self.run, event.vectors)
+            write_arrays(self.cohort.path / f"weights-{event.step:010d}.safetensors", arrays, {"runs": json.dumps(event.runs)})
+        elif isinstance(event, Checkpoint):
+            self._checkpoint(event)
+        elif isinstance(event, Compiled) and self.step > 0 and event.fresh:
+            self._update_status(recompiled=True)
+
+    def _checkpoint(self, event: Checkpoint) -> None:
+        for table, parts in self.rows.items():
+            if parts:
+                path = self.cohort.path / f"{table}-{self.step:010d}-{event.step:010d}.parquet"
+                write_table(path, _arrow(parts))
+                self.digests[path.name] = file_digest(path)
+                parts.clear()
+        state = self.cohort.path / f"state-{event.step:010d}.safetensors"
+        write_arrays(state, state_to_arrays(self.run, event.states), {"parts": json.dumps(self.digests)})
+        self.step = event.step
+        self.close(event.states.diverged)
+
+    def close(self, diverged: np.ndarray) -> None:
+        """Bring the folder in order after a checkpoint was written, now or just before the process was killed.
+
+        Of the states to resume from, the newest two stay; those that hold the last state of some run all do.
+        """
+        passing = [p for p in sorted(self.cohort.path.glob("state-*.safetensors")) if _step(p) not in self.stops]
+        finished = self.step == max(self.stops)
+        for path in passing if finished else passing[:-2]:
+            path.unlink()
+        now = {self.lines[slot]["run"]: int(at) for slot, at in enumerate(diverged) if at >= 0}
+        if finished:
+            self._merge()
+        self._update_status(step=self.step, finished=finished, diverged=self.cohort.status()["diverged"] | now)
+        if finished:
+            self.cohort.tidy()
+
+    def _merge(self) -> None:
+        """One file for each table. The parts go only when the status says finished, so that no moment is without them."""
+        for table in TABLES:
+            (self.cohort.path / f"{table}.parquet").unlink(missing_ok=True)
+            parts = [pq.read_table(path) for path in self.cohort.parts(table)]
+            if parts:
+                write_table(self.cohort.path / f"{table}.parquet", pa.concat_tables(parts, promote_options="permissive").combine_chunks())
+
+    def _update_status(self, **changes: Any) -> None:
+        write_json(self.cohort.path / "status.json", self.cohort.status() | changes)
+
+
+def _arrow(parts: list[dict[str, np.ndarray]]) -> pa.Table:
+    """Rows as Arrow; NaN becomes null, and columns that some rows lack are null there."""
+
+    def column(name: str, values: np.ndarray) -> pa.Array:
+        if name in ("run", "split"):
+            return pa.array(values, pa.string())
+        if np.issubdtype(values.dtype, np.floating):
+            return pa.array(values.astype(np.float32), from_pandas=True)
+        return pa.array(values.astype(np.int64))
+
+    tables = [pa.table({name: column(name, values) for name, values in part.items()}) for part in parts]
+    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()

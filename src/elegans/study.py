@@ -1,0 +1,194 @@
+"""A study: runs, instruments and the question they answer; and the driver that carries it out.
+
+from runs to rows:  check -> plan -> train -> store -> measure -> report
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from elegans import report, specs
+from elegans.errors import Invalid, StoreError
+from elegans.files import write_json
+from elegans.instruments.base import Instrument, measure, silent
+from elegans.sources import code_of, compare
+from elegans.store import Cohort, Store
+from elegans.training.checkpoint import arrays_to_state
+from elegans.training.cohort import Programs
+from elegans.training.device import choose, memory_budget, provenance
+from elegans.training.planner import CohortPlan, plan
+from elegans.training.run import Run
+from elegans.training.train import Compiled, Progress, train_cohort
+
+Listener = Callable[[str, Any], None]  # (stage, detail)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Runs and instruments that answer one question. A `.py` file that defines `study` is run by `elegans run`."""
+
+    runs: Sequence[Run]
+    instruments: Sequence[Instrument] = ()
+    name: str = "study"
+    question: str = ""
+
+    def override(self, axes: Mapping[str, Sequence[Any]]) -> Study:
+        """The study with fields of every run replaced; several values of a field sweep it. Equal runs become one."""
+        made = [new for run in self.runs for new in specs.grid(run, axes)]
+        return dataclasses.replace(self, runs=unique(made))
+
+
+def unique(runs: Sequence[Run]) -> list[Run]:
+    """The runs without repetitions, in order."""
+    return list({run.id: run for run in runs}.values())
+
+
+# ---- the driver
+
+
+def run_study(study: Study, path: str | Path, listener: Listener = silent, **options: Any) -> Path:
+    """Train what is missing, measure it, write the report; return the report's path. Options are `train`'s."""
+    if not study.runs:
+        raise Invalid("runs", [], "a study needs at least one run")
+    store = train(study.runs, path, listener=listener, **options)
+    write_json(store.path / "study.json", {"name": study.name, "question": study.question})
+    for instrument in study.instruments:
+        measure(instrument, store, listener=listener)
+    listener("report", store.path)
+    return report.write(store)
+
+
+def train(
+    runs: Sequence[Run],
+    store: str | Path,
+    *,
+    device: str | None = None,
+    memory: str | None = None,
+    again: bool = False,
+    resume: bool = False,
+    listener: Listener = silent,
+) -> Store:
+    """Train runs into a store: finished ones are skipped, unfinished ones resume, `again` starts them anew.
+
+    `resume` insists that there is something to resume. Raises `Invalid` or `StoreError` before anything is compiled or written.
+    """
+    work = prepare(runs, store, device=device, memory=memory, again=again, resume=resume)
+    listener("plan", work)
+    opened = Store.create(store)
+    with opened.lock():
+        opened.remove(work.discarded)
+        for planned in work.new:
+            opened.add(planned, provenance(work.device, work.memory))
+        for cohort, planned in _unfinished(opened, work.runs):
+            _train(cohort, planned, work.device, listener)
+    return opened
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What `train` is about to do."""
+
+    runs: list[Run]
+    device: jax.Device
+    memory: int
+    stored: list[Cohort]  # cohorts of the store that hold runs of the study, finished or not
+    new: list[CohortPlan]
+    discarded: list[Cohort]  # by `again`
+
+
+def prepare(
+    runs: Sequence[Run],
+    store: str | Path,
+    *,
+    device: str | None = None,
+    memory: str | None = None,
+    again: bool = False,
+    resume: bool = False,
+    compile_to_measure: bool = True,
+) -> Work:
+    """Check everything and plan what is missing. Writes nothing; compiles only where a structure may not fit."""
+    runs = unique(runs)
+    Store.check(store)
+    chosen = choose(device)
+    budget = memory_budget(chosen, memory)
+    stored = _holding(store, runs)
+    if resume and not any(c.status()["step"] for c in stored if not c.status()["finished"]):
+        raise StoreError(f"{store}: nothing to resume, no checkpoint of these runs; leave out --resume to start afresh")
+    discarded = _discard(store, stored, runs) if again else []
+    if not again:
+        _check_code(stored, runs)
+    kept = [c for c in stored if c not in discarded]
+    present = {line["run"] for c in kept for line in c.lines()}
+    missing = [run for run in runs if run.id not in present]
+    measured = (lambda members: Programs(members, chosen).bytes()) if compile_to_measure else None
+    new = plan(missing, budget, measured) if missing else []
+    return Work(runs, chosen, budget, kept, new, discarded)
+
+
+def _holding(store: str | Path, runs: Sequence[Run]) -> list[Cohort]:
+    """Cohorts of a store that hold some of the runs."""
+    if not (Path(store) / "format.json").exists():
+        return []
+    wanted = {run.id for run in runs}
+    return [c for c in Store(store).cohorts() if wanted & {line["run"] for line in c.lines()}]
+
+
+def _discard(store: str | Path, stored: Sequence[Cohort], runs: Sequence[Run]) -> list[Cohort]:
+    wanted = {run.id for run in runs}
+    others = [line["run"] for c in stored for line in c.lines() if line["run"] not in wanted]
+    if others:
+        raise StoreError(f"{store}: --again would also discard {len(others)} runs that are not in this study; use another --store")
+    return list(stored)
+
+
+def _check_code(stored: Sequence[Cohort], runs: Sequence[Run]) -> None:
+    wanted = {run.id: run for run in runs}
+    for line in (line for cohort in stored for line in cohort.lines() if line["run"] in wanted):
+        mismatch = compare(line["run"], line["code"], code_of(wanted[line["run"]]))
+        if mismatch:
+            raise StoreError(str(mismatch))
+
+
+def _unfinished(store: Store, runs: Sequence[Run]) -> list[tuple[Cohort, CohortPlan]]:
+    for cohort in store.cohorts():
+        if cohort.status()["finished"]:
+            cohort.tidy()
+    return [(c, c.plan()) for c in _holding(store.path, runs) if not c.status()["finished"]]
+
+
+def _train(cohort: Cohort, planned: CohortPlan, device: jax.Device, listener: Listener) -> None:
+    """Train one cohort from its newest checkpoint, or from the start."""
+    found = cohort.newest_state()
+    if found is None and cohort.status()["step"]:
+        raise StoreError(f"{cohort.path}: every checkpoint is gone or damaged; start these runs afresh with --again")
+    step, arrays = found or (0, None)
+    writer = cohort.writer(step)
+    states = None
+    if arrays is not None:
+        size = next(s.size for s in planned.segments if step <= s.stop)
+        like = jax.eval_shape(Programs(planned.runs[:size], device).start)
+        states = arrays_to_state(cohort.first(), arrays, like)
+        writer.close(states.diverged)
+    listener("cohort", (cohort, planned, step))
+    began, seconds, compiled = time.perf_counter(), 0.0, 0.0
+    for event in train_cohort(planned, device, step, states):
+        writer.write(event)
+        seconds += event.seconds if isinstance(event, Progress) else 0
+        compiled += event.seconds if isinstance(event, Compiled) else 0
+        listener("event", event)
+    record = {
+        "from_step": step,
+        "steps": planned.steps - step,
+        "seconds": time.perf_counter() - began,
+        "training": seconds,
+        "compiling": compiled,
+    }
+    with (cohort.path / "timings.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")

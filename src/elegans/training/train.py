@@ -1,0 +1,185 @@
+"""Training one cohort: a generator of everything worth keeping. It writes nothing and knows no store."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elegans.training.cohort import CHUNK, Programs
+from elegans.training.device import cache_misses
+from elegans.training.planner import CohortPlan, Segment
+from elegans.training.run import Run, When
+from elegans.training.step import State
+
+CHUNK_SECONDS = 0.5  # aim of one call to the device, so that progress moves and a stop is obeyed
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a table (`metrics`, `positions`): equally long columns, `run` holding ids."""
+
+    table: str
+    columns: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters of some runs after `step` updates."""
+
+    step: int
+    runs: list[str]
+    vectors: np.ndarray  # [replica, parameter]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The state of a cohort's first replicas after `step` updates: all that resuming needs."""
+
+    step: int
+    states: State
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiling:
+    """A program for `size` replicas is about to be compiled."""
+
+    step: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """It was compiled (`fresh`) or came from the persistent cache."""
+
+    step: int
+    size: int
+    seconds: float
+    fresh: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """`steps` more steps of `size` replicas were done, up to `step`."""
+
+    step: int
+    size: int
+    seconds: float
+    steps: int
+    loss: float | None  # median over live replicas
+
+
+Event = Rows | Weights | Checkpoint | Compiling | Compiled | Progress
+
+
+def train_cohort(plan: CohortPlan, device: jax.Device, step: int = 0, states: State | None = None) -> Iterator[Event]:
+    """Train a cohort from `step` (with the states of that step, or untrained) to its end."""
+    for segment in plan.segments:
+        if segment.stop <= step:
+            continue
+        yield Compiling(step, segment.size)
+        began, misses = time.perf_counter(), cache_misses()
+        programs = Programs(plan.runs[: segment.size], device)
+        programs.compile()
+        yield Compiled(step, segment.size, time.perf_counter() - began, cache_misses() > misses)
+        if states is None:
+            states = programs.start()
+        states = jax.device_put(jax.tree.map(lambda a, n=segment.size: jnp.asarray(a[:n]), states), device)
+        states = yield from _Segment(plan, segment, programs).train(step, states)
+        step = segment.stop
+
+
+class _Schedule:
+    """When each run of a cohort does something that a `When` asks for."""
+
+    def __init__(self, runs: tuple[Run, ...], when: When, shift_last: int = 0):
+        distinct = {n: when.upto(n) for n in {run.length for run in runs}}
+        marks = {n: np.unique([*steps[:-1], steps[-1] - shift_last]) for n, steps in distinct.items()}
+        self._marks = [marks[run.length] for run in runs]
+        self.steps = sorted({int(s) for m in marks.values() for s in m})
+
+    def due(self, steps: np.ndarray) -> np.ndarray:
+        """Which run does it at which step: [step, run]."""
+        return np.stack([np.isin(steps, m) for m in self._marks], 1)
+
+
+class _Segment:
+    """The training of one segment of a cohort's plan."""
+
+    def __init__(self, plan: CohortPlan, segment: Segment, programs: Programs):
+        self.plan, self.segment, self.programs = plan, segment, programs
+        self.runs = plan.runs[: segment.size]
+        self.ids = np.array([run.id for run in self.runs])
+        self.lengths = np.array([run.length for run in self.runs])
+        record = self.runs[0].record
+        self.record = record
+        self.train_marks = _Schedule(self.runs, record.train, shift_last=1)
+        self.evaluate_marks = _Schedule(self.runs, record.evaluate)
+        self.weight_marks = _Schedule(self.runs, record.weights) if record.weights else None
+        self.chunk = 1
+
+    def train(self, step: int, states: State) -> Iterator[Any]:
+        """Yield events from `step` to the segment's end; return the states there."""
+        if step == 0:
+            yield from self._boundary(0, states)
+        for stop in self._stops(step):
+            while step < stop:
+                states, step = yield from self._advance(step, stop, states)
+            yield from self._boundary(stop, states)
+        return states
+
+    def _stops(self, step: int) -> list[int]:
+        every = range(0, self.plan.steps, self.plan.checkpoint_every)
+        weights = self.weight_marks.steps if self.weight_marks else []
+        marks = {*every, *self.evaluate_marks.steps, *weights, *self.lengths.tolist(), self.segment.stop}
+        return sorted(s for s in marks if step < s <= self.segment.stop)
+
+    def _advance(self, step: int, stop: int, states: State) -> Iterator[Any]:
+        n = min(self.chunk, stop - step, CHUNK)
+        began = time.perf_counter()
+        states, metrics = self.programs.chunk(states, step, n)
+        seconds = time.perf_counter() - began
+        self.chunk = max(1, min(CHUNK, 2 * self.chunk, int(CHUNK_SECONDS / max(seconds / n, 1e-9))))
+        yield from self._train_rows(np.arange(step, step + n), metrics)
+        last = metrics["loss"][-1]
+        yield Progress(step + n, len(self.runs), seconds, n, float(np.nanmedian(last)) if np.isfinite(last).any() else None)
+        return states, step + n
+
+    def _train_rows(self, steps: np.ndarray, metrics: dict[str, np.ndarray]) -> Iterator[Rows]:
+        at, run = np.nonzero(self.train_marks.due(steps) & (steps[:, None] < self.lengths) & ~np.isnan(metrics["loss"]))
+        if len(at):
+            columns = {name: values[at, run] for name, values in metrics.items()}
+            yield Rows("metrics", {"run": self.ids[run], "step": steps[at], "split": np.full(len(at), "train"), **columns})
+
+    # ---- boundaries
+
+    def _boundary(self, step: int, states: State) -> Iterator[Event]:
+        sound = np.asarray(states.diverged) < 0
+        due = self.evaluate_marks.due(np.array([step]))[0] & sound
+        if due.any():
+            yield from self._evaluation(step, states, "validation", np.nonzero(due)[0])
+        ended = np.nonzero((self.lengths == step) & sound)[0]
+        if len(ended):
+            yield from self._evaluation(step, states, "test", ended)
+        kept = np.nonzero(self.weight_marks.due(np.array([step]))[0] & sound)[0] if self.weight_marks else []
+        if len(kept):
+            yield Weights(step, self.ids[kept].tolist(), np.asarray(states.params)[kept])
+        last = step == self.segment.stop
+        if last or step and step % self.plan.checkpoint_every == 0:
+            yield Checkpoint(step, jax.tree.map(np.asarray, states))
+
+    def _evaluation(self, step: int, states: State, part: str, slots: np.ndarray) -> Iterator[Rows]:
+        scores = self.programs.evaluate(states.params, part)
+        where = {"run": self.ids[slots], "step": np.full(len(slots), step), "split": np.full(len(slots), part)}
+        yield Rows("metrics", {**where, **{n: getattr(scores, n)[slots] for n in ("loss", "accuracy", "exact_match")}})
+        if not self.record.by_position:
+            return
+        loss = scores.position_loss[slots]
+        slot, place = np.nonzero(~np.isnan(loss))
+        columns = {name: values[slot] for name, values in where.items()}
+        yield Rows("positions", {**columns, "position": place + 1, "loss": loss[slot, place]})

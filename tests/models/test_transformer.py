@@ -1,0 +1,367 @@
+"""The transformer against a second implementation of its own, in float64 NumPy, written from the docstrings alone."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elegans import MLP, Attention, LayerNorm, Learned, Rotary, Transformer
+from elegans.types import no_edit
+
+VOCAB, POSITIONS = 7, 6
+ROW = np.array([3, 0, 6, 6, 1, 4], np.int32)
+TOKENS = jnp.asarray(ROW)
+LLAMA = Transformer(layers=2, d_model=8, heads=2, attention=Attention(scale=0.8))
+CLASSIC = Transformer(
+    layers=2, d_model=6, heads=3, d_head=4, mlp=MLP(ratio=2.5), norm=LayerNorm(eps=1e-3), position=Learned(), tied=True, bias=True
+)
+BARE = Transformer(layers=1, d_model=8, heads=1, norm=None, position=None, mlp=MLP(activation="relu"))
+MODELS = {"llama": LLAMA, "classic": CLASSIC, "bare": BARE}
+
+
+def some_params(model: Transformer, seed: int = 0):
+    """Parameters that are all away from zero and one, biases and norm weights included."""
+    params = model.init(jax.random.key(seed), VOCAB, POSITIONS)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda w: jnp.asarray(np.asarray(w) + 0.3 * rng.standard_normal(w.shape).astype(np.float32)), params)
+
+
+# ---- the oracle: plain float64 NumPy
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def normalise(model: Transformer, p: dict, x: np.ndarray) -> np.ndarray:
+    if model.norm is None:
+        return x
+    if isinstance(model.norm, LayerNorm):
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm.eps) * p["w"]
+        return y + p["b"] if model.bias else y
+    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + model.norm.eps) * p["w"]
+
+
+def turn(x: np.ndarray, theta: float) -> np.ndarray:
+    """Coordinate j < e/2 and its partner j + e/2 turn together by position * theta^(-2j/e)."""
+    out, e = x.copy(), x.shape[-1]
+    for t in range(x.shape[0]):
+        for j in range(e // 2):
+            angle = t * theta ** (-2 * j / e)
+            a, b = x[t, :, j], x[t, :, j + e // 2]
+            out[t, :, j] = a * math.cos(angle) - b * math.sin(angle)
+            out[t, :, j + e // 2] = a * math.sin(angle) + b * math.cos(angle)
+    return out
+
+
+def attend(model: Transformer, p: dict, x: np.ndarray) -> np.ndarray:
+    out = np.zeros((len(x), model.d_model)) + p.get("b_O", 0)
+    for h in range(model.heads):
+        q, k, v = (x @ p[f"W_{n}"][h] + (p[f"b_{n}"][h] if model.bias else 0) for n in "QKV")
+        if isinstance(model.position, Rotary):
+            q, k = (turn(y[:, None], model.position.theta)[:, 0] for y in (q, k))
+        for i in range(len(x)):
+            weights = softmax(model.attention.scale * (k[: i + 1] @ q[i]) / math.sqrt(q.shape[-1]))
+            out[i] += (weights @ v[: i + 1]) @ p["W_O"][h]
+    return out
+
+
+def feed(model: Transformer, p: dict, x: np.ndarray) -> np.ndarray:
+    if not isinstance(model.mlp, MLP):
+        gate, value = x @ p["W_gate"], x @ p["W_in"]
+        return (gate / (1 + np.exp(-gate)) * value) @ p["W_out"]
+    hidden = x @ p["W_in"] + p.get("b_in", 0)
+    gelu = np.vectorize(lambda u: 0.5 * u * (1 + math.erf(u / math.sqrt(2))))
+    hidden = gelu(hidden) if model.mlp.activation == "gelu" else np.maximum(hidden, 0)
+    return hidden @ p["W_out"] + p.get("b_out", 0)
+
+
+def oracle(model: Transformer, params, tokens: np.ndarray) -> np.ndarray:
+    """Logits of one row."""
+    p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+    x = p["embed"]["W_E"][tokens]
+    if isinstance(model.position, Learned):
+        x = x + p["pos_embed"]["W_pos"][: len(tokens)]
+    for block in p["blocks"]:
+        x = x + attend(model, block["attn"], normalise(model, block["ln1"], x))
+        x = x + feed(model, block["mlp"], normalise(model, block["ln2"], x))
+    x = normalise(model, p["ln_final"], x)
+    return x @ (p["embed"]["W_E"].T if model.tied else p["unembed"]["W_U"])
+
+
+def nats(logits: np.ndarray) -> float:
+    """Mean loss of every next token."""
+    return float(np.mean([-np.log(softmax(row))[t] for row, t in zip(logits[:-1], ROW[1:], strict=True)]))
+
+
+# ---- against the oracle
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_forward_pass_is_what_the_docstrings_say(name) -> None:
+    model = MODELS[name]
+    params = some_params(model)
+    expected = oracle(model, params, ROW)
+    assert np.abs(expected).max() > 0.5
+    assert np.abs(np.asarray(model.apply(params, TOKENS)[0]) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_slopes_of_the_oracle(name) -> None:
+    """Five coordinates of every parameter, against central differences in float64."""
+    model = MODELS[name]
+    params = some_params(model)
+
+    def loss(p) -> jax.Array:
+        logits = model.apply(p, TOKENS)[0][:-1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[1:, None], 1).mean()
+
+    grads, treedef = jax.tree.flatten(jax.grad(loss)(params))
+    values = [np.asarray(w, np.float64) for w in jax.tree.leaves(params)]
+    rng, step = np.random.default_rng(1), 1e-5
+    for i, grad in enumerate(grads):
+        for place in rng.choice(grad.size, min(5, grad.size), replace=False):
+            slope = []
+            for sign in (1, -1):
+                moved = [v.copy() for v in values]
+                moved[i].flat[place] += sign * step
+                slope.append(nats(oracle(model, jax.tree.unflatten(treedef, moved), ROW)))
+            expected = (slope[0] - slope[1]) / (2 * step)
+            assert abs(float(np.asarray(grad).flat[place]) - expected) < 2e-6 + 1e-4 * abs(expected)
+
+
+def test_rotary_scores_depend_on_distances_alone() -> None:
+    """Position 3 seen from 5 is as position 103 seen from 105."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, 8)), jnp.float32)
+    rows = jnp.zeros((110, 2, 8)).at[:].set(x[:, 0])
+    turned = np.asarray(Rotary().rotate(rows))
+    near, far = turned[5, 0] @ turned[3, 1], turned[105, 0] @ turned[103, 1]
+    assert abs(near - far) < 1e-4
+    assert abs(near - turned[5, 0] @ turned[4, 1]) > 1e-2
+
+
+# ---- causality, edits and the trace
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_later_tokens_never_reach_earlier_logits(name) -> None:
+    model = MODELS[name]
+    params = some_params(model)
+    apply = jax.jit(lambda tokens: model.apply(params, tokens)[0])
+    logits = np.asarray(apply(TOKENS))
+    for i in range(1, POSITIONS):
+        other = ROW.copy()
+        other[i] = (other[i] + 1) % VOCAB
+        changed = np.asarray(apply(jnp.asarray(other)))
+        assert changed[:i].tobytes() == logits[:i].tobytes()
+        assert not np.array_equal(changed[i], logits[i])
+
+
+def expected_sites(model: Transformer, mlp_width: int) -> dict[str, tuple[int, ...]]:
+    """The table of sites in the module's docstring, in its order."""
+    t, d, h, e = POSITIONS, model.d_model, model.heads, model.d_head or model.d_model // model.heads
+    sites = {"embed": (t, d)}
+    for i in range(model.layers):
+        shapes = {"ln1": (t, d), "q": (t, h, e), "k": (t, h, e), "v": (t, h, e), "scores": (h, t, t), "pattern": (h, t, t), "z": (t, h, e)}
+        shapes |= {"attn_out": (t, d), "resid_mid": (t, d), "ln2": (t, d), "mlp_post": (t, mlp_width), "mlp_out": (t, d), "resid": (t, d)}
+        sites |= {f"{name}.{i}": shape for name, shape in shapes.items()}
+    return sites | {"normed": (t, d), "logits": (t, VOCAB)}
+
+
+@pytest.mark.parametrize(("name", "mlp_width"), [("llama", 22), ("classic", 15), ("bare", 32)])
+def test_the_trace_holds_every_site_in_the_documented_order_and_shape(name, mlp_width) -> None:
+    model = MODELS[name]
+    order = []
+
+    def see(site, x):
+        order.append(site)
+        return x
+
+    trace = model.apply(some_params(model), TOKENS, edit=see)[1]
+    expected = expected_sites(model, mlp_width)
+    if model.norm is None:
+        assert {s: trace.sites[s].shape for s in trace.sites}.items() <= expected.items()
+    else:
+        assert {s: x.shape for s, x in trace.sites.items()} == expected
+        assert order == list(expected)
+
+
+def test_patterns_are_causal_and_sum_to_one() -> None:
+    trace = LLAMA.apply(some_params(LLAMA), TOKENS)[1]
+    pattern = np.asarray(trace["pattern.1"])
+    assert np.abs(pattern.sum(-1) - 1).max() < 1e-6
+    assert (pattern[:, ~np.tri(POSITIONS, dtype=bool)] == 0).all()
+
+
+def test_the_residual_stream_is_the_sum_of_what_was_written() -> None:
+    trace = LLAMA.apply(some_params(LLAMA), TOKENS)[1]
+    written = sum(np.asarray(trace[s], np.float64) for s in ("embed", "attn_out.0", "mlp_out.0", "attn_out.1", "mlp_out.1"))
+    assert np.abs(written - np.asarray(trace["resid.1"])).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_edit_that_changes_nothing_gives_the_same_bits(name) -> None:
+    model = MODELS[name]
+    params = some_params(model)
+    plain, seen = model.apply(params, TOKENS)
+    edited, _ = model.apply(params, TOKENS, edit=no_edit)
+    replaced, _ = model.apply(params, TOKENS, edit=lambda site, x: jnp.asarray(seen[site]))
+    assert np.asarray(edited).tobytes() == np.asarray(plain).tobytes()
+    assert np.asarray(replaced).tobytes() == np.asarray(plain).tobytes()
+
+
+@pytest.mark.parametrize("name", ["llama", "classic"])
+def test_an_edit_anywhere_reaches_the_logits(name) -> None:
+    model = MODELS[name]
+    params = some_params(model)
+    plain, trace = model.apply(params, TOKENS)
+    rng = np.random.default_rng(2)
+    for chosen, value in trace.sites.items():
+        noise = jnp.asarray(rng.standard_normal(value.shape), jnp.float32)
+        edited, after = model.apply(params, TOKENS, edit=lambda site, x, c=chosen, n=noise: x + n if site == c else x)
+        assert np.abs(np.asarray(edited - plain)).max() > 1e-3, chosen
+        assert np.allclose(after[chosen] - value, noise, atol=1e-4), chosen  # the trace shows what was put there
+
+
+def test_probed_sites_are_sites_of_one_vector_for_each_position() -> None:
+    trace = LLAMA.apply(some_params(LLAMA), TOKENS)[1]
+    families = LLAMA.probed_sites()
+    assert families["resid"] == ("resid.0", "resid.1") and families["embed"] == ("embed",)
+    assert all(trace[site].shape == (POSITIONS, LLAMA.d_model) for sites in families.values() for site in sites)
+    assert "attn_out" not in dataclasses.replace(LLAMA, attention=None).probed_sites()
+
+
+# ---- parts that are off, compute types, dropout
+
+
+def test_without_attention_positions_do_not_talk_and_without_both_the_model_is_a_bigram_table() -> None:
+    deaf = dataclasses.replace(LLAMA, attention=None)
+    logits = np.asarray(deaf.apply(some_params(deaf), TOKENS)[0])
+    assert np.array_equal(logits[2], logits[3])  # the same token twice
+    table = Transformer(layers=1, d_model=8, heads=1, attention=None, mlp=None, norm=None)
+    params = some_params(table)
+    expected = np.asarray(params["embed"]["W_E"])[ROW] @ np.asarray(params["unembed"]["W_U"])
+    assert np.abs(np.asarray(table.apply(params, TOKENS)[0]) - expected).max() < 1e-5
+
+
+def test_bfloat16_is_close_to_float32_and_not_the_same() -> None:
+    params = some_params(LLAMA)
+    exact = np.asarray(LLAMA.apply(params, TOKENS)[0])
+    rough = np.asarray(dataclasses.replace(LLAMA, dtype="bfloat16").apply(params, TOKENS)[0])
+    assert rough.dtype == np.float32
+    assert 1e-4 < np.abs(rough - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_large_vocabularies_embed_by_lookup_with_the_same_result() -> None:
+    model = Transformer(layers=1, d_model=8, heads=2)
+    params = model.init(jax.random.key(0), 600, POSITIONS)
+    rows = jnp.array([599, 3, 512])
+    assert np.array_equal(model.apply(params, rows)[1]["embed"], params["embed"]["W_E"][rows])
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean() -> None:
+    model = dataclasses.replace(LLAMA, dropout=0.25)
+    params = some_params(model)
+    plain = np.asarray(LLAMA.apply(params, TOKENS)[0])
+    assert np.array_equal(model.apply(params, TOKENS)[0], plain)
+    assert np.array_equal(LLAMA.apply(params, TOKENS, key=jax.random.key(0))[0], plain)
+    draws = jax.vmap(lambda key: model.apply(params, TOKENS, key=key)[1]["embed"])(jax.random.split(jax.random.key(1), 4000))
+    embed = np.asarray(LLAMA.apply(params, TOKENS)[1]["embed"])
+    dropped = np.asarray(draws) == 0
+    assert abs(dropped.mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / dropped.size)
+    error = np.abs(embed) * math.sqrt(0.25 / 0.75 / 4000)  # standard error of a mean of scaled coins
+    assert (np.abs(np.asarray(draws).mean(0) - embed) < 5 * error + 1e-6).all()
+
+
+def test_dropout_draws_anew_for_every_key_layer_and_use() -> None:
+    model = Transformer(layers=2, d_model=64, heads=1, dropout=0.5, norm=None, position=None)
+    params = some_params(model)
+
+    def masks(seed: int) -> list[np.ndarray]:
+        ones = {f"{part}.{i}": None for i in range(2) for part in ("attn_out", "mlp_out")}
+        edit = lambda site, x: jnp.ones_like(x) if site in ones else x  # noqa: E731
+        trace = model.apply(params, TOKENS, edit=edit, key=jax.random.key(seed))[1]
+        stream = [np.asarray(trace[s]) for s in ("embed", "resid_mid.0", "resid.0", "resid_mid.1", "resid.1")]
+        return [stream[0] != 0] + [after - before > 1 for before, after in zip(stream, stream[1:], strict=False)]
+
+    drawn = masks(0) + masks(1)
+    assert all(0.35 < m.mean() < 0.65 for m in drawn)
+    for i, a in enumerate(drawn):
+        for b in drawn[:i]:
+            assert 0.35 < (a == b).mean() < 0.65  # independent coins agree half the time
+
+
+# ---- initial weights
+
+
+def wide(**changes) -> tuple[Transformer, dict]:
+    model = Transformer(layers=2, d_model=64, heads=4, position=Learned(), **changes)
+    return model, model.init(jax.random.key(3), 40, 50)
+
+
+def test_default_weights_are_drawn_as_torch_draws_them() -> None:
+    """`Linear`: uniform within 1/sqrt(fan in). `Embedding`: standard normal. Norms: ones."""
+    _, params = wide()
+    block = params["blocks"][1]
+    fan_in = {name: 64 for name in ("W_Q", "W_K", "W_V", "W_O")}
+    matrices = [(block["attn"][n], f) for n, f in fan_in.items()]
+    matrices += [(block["mlp"]["W_in"], 64), (block["mlp"]["W_gate"], 64), (block["mlp"]["W_out"], 170), (params["unembed"]["W_U"], 64)]
+    for w, fan in matrices:
+        w, bound = np.asarray(w), fan**-0.5
+        assert np.abs(w).max() <= bound
+        assert np.abs(w).max() > 0.99 * bound
+        assert abs(w.std() / (bound / math.sqrt(3)) - 1) < 0.05
+        assert abs(w.mean()) < 5 * bound / math.sqrt(3 * w.size)
+    for w in (params["embed"]["W_E"], params["pos_embed"]["W_pos"]):
+        assert abs(np.asarray(w).std() - 1) < 0.05 and np.abs(w).max() > 2.5
+    assert all(np.array_equal(n["w"], np.ones(64)) for n in (block["ln1"], block["ln2"], params["ln_final"]))
+
+
+def test_init_std_is_the_deviation_of_every_weight() -> None:
+    _, params = wide(init_std=0.02, bias=True)
+    for path, w in jax.tree_util.tree_leaves_with_path(params):
+        w, name = np.asarray(w), path[-1].key
+        if name.startswith("W_"):
+            assert abs(w.std() / 0.02 - 1) < 0.06, path
+            assert np.abs(w).max() > 0.02 * 2.5, path
+        else:
+            assert np.array_equal(w, np.full(w.shape, float(name == "w"))), path
+
+
+def test_matrices_of_one_model_are_drawn_independently() -> None:
+    _, params = wide()
+    a, b = (np.asarray(params["blocks"][0]["attn"][n]).ravel() for n in ("W_Q", "W_K"))
+    c = np.asarray(params["blocks"][1]["attn"]["W_Q"]).ravel()
+    other = np.asarray(wide()[0].init(jax.random.key(4), 40, 50)["blocks"][0]["attn"]["W_Q"]).ravel()
+    for x, y in ((a, b), (a, c), (a, other)):
+        assert abs(np.corrcoef(x, y)[0, 1]) < 5 / math.sqrt(a.size)
+
+
+def test_parameters_are_as_many_as_the_formula_says() -> None:
+    """Llama's block: 4 d^2 of attention, 3 d f of SwiGLU, two norms."""
+    count = sum(w.size for w in jax.tree.leaves(LLAMA.init(jax.random.key(0), VOCAB, POSITIONS)))
+    d, f = 8, 2 * math.ceil(math.floor(8 * 8 / 3) / 2)
+    assert f == 22
+    assert count == 2 * VOCAB * d + 2 * (4 * d * d + 3 * d * f + 2 * d) + d
+
+
+# ---- FLOPs
+
+
+def test_kaplan_flops_are_the_published_formula() -> None:
+    model = Transformer(layers=4, d_model=128, heads=4)
+    per_step = model.flops_per_token(5, 52, "kaplan") * 64 * 52
+    assert per_step == 6 * (12 * 4 * 128**2 + 4 * 52 * 128) * 64 * 52
+    assert math.ceil(1e15 / per_step) == 61_595
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_matmul_flops_count_every_weight_that_multiplies_an_activation(tied) -> None:
+    model = dataclasses.replace(LLAMA, tied=tied)
+    d, f, t = 8, 22, 52
+    weights = 2 * (4 * d * d + 3 * d * f) + VOCAB * d
+    assert model.flops_per_token(VOCAB, t, "matmul") == 6 * weights + 12 * 2 * t * d

@@ -1,0 +1,173 @@
+"""No content is ever in two parts, the parts have the sizes that were asked for, and only the split's key decides."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elegans import Addition, Invalid, Parity, Run, Split, Transformer
+from elegans.tasks.base import PARTS
+from elegans.tasks.sampling import draw_set, prepare, train_batch
+from elegans.types import Example
+
+
+def pair_of(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Contents of additions as single numbers, by NumPy: the unordered pair."""
+    weights = 1 << np.arange(length, dtype=np.uint64)
+    x, y = tokens[:, :length].astype(np.uint64) @ weights, tokens[:, length + 1 : 2 * length + 1].astype(np.uint64) @ weights
+    return (np.maximum(x, y) << np.uint64(length)) | np.minimum(x, y)
+
+
+def draw(task: Addition, rows: int, seed: int = 0) -> Example:
+    """Rows of the unsplit law."""
+    return jax.jit(jax.vmap(lambda key: task.sample(key, ())))(jax.random.split(jax.random.key(seed), rows))
+
+
+def leaks(task: Addition, rows: int, chunk: int) -> None:
+    """Draw `rows` rows, as training and both held-out sets draw them, and look for contents in two parts."""
+    data = prepare(task)
+    train = jax.jit(lambda key: train_batch(task, key, 2 * chunk, 0, 0.0, data))
+    held_out = {part: jax.jit(lambda key, part=part: draw_set(task, part, key, chunk, data)) for part in PARTS[1:]}
+    found = {part: [] for part in PARTS}
+    for i in range(rows // (4 * chunk)):
+        for part, sample in {"train": train, **held_out}.items():
+            drawn = sample(jax.random.key(i))
+            assert np.asarray(drawn.scored).any(1).mean() > 0.999
+            found[part].append(pair_of(np.asarray(drawn.tokens), task.length))
+    contents = {part: np.unique(np.concatenate(v)) for part, v in found.items()}
+    for a, b in [("train", "validation"), ("train", "test"), ("validation", "test")]:
+        assert not np.intersect1d(contents[a], contents[b], assume_unique=True).size, (a, b)
+    assert len(contents["train"]) < rows // 2  # pairs do come up twice, so a leak would show
+
+
+def test_no_content_is_shared_in_a_hundred_thousand_rows_of_a_hashed_space() -> None:
+    leaks(Addition(length=9, split=Split(0.5, 0.25)), 100_000, 25_000)
+
+
+@pytest.mark.slow
+def test_no_content_is_shared_in_a_million_rows() -> None:
+    leaks(Addition(length=16), 1_000_000, 25_000)
+
+
+def test_swapped_operands_are_on_the_same_side() -> None:
+    task = Addition(length=16)
+    rows = draw(task, 2000)
+    x, y = rows.tokens[:, :16], rows.tokens[:, 17:33]
+    swapped = jnp.concatenate([y, rows.tokens[:, 16:17], x, rows.tokens[:, 33:]], 1)
+    part = jax.jit(jax.vmap(lambda tokens: task.part(Example(tokens, jnp.ones(tokens.shape, bool)), ())))
+    assert np.array_equal(part(rows.tokens), part(swapped))
+    assert set(np.asarray(part(swapped)).tolist()) == {0, 1, 2}
+
+
+# ---- small spaces
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.05), (0.5, 0.25), (0.1, 0.6)])
+def test_small_spaces_are_cut_exactly(shares) -> None:
+    for contents in (20, 36, 8256, 65_535):
+        expected = [round(share * contents) for share in shares]
+        assert np.bincount(Split(*shares).table(contents), minlength=3).tolist() == [*expected, contents - sum(expected)]
+
+
+@pytest.mark.parametrize(("task", "empty"), [(Addition(length=1), "validation"), (Parity(length=3), "validation"), (Parity(length=1), "validation")])
+def test_an_empty_part_is_an_error_that_names_it(task, empty) -> None:
+    with pytest.raises(Invalid, match=rf"^split: .*{empty} would be empty") as caught:
+        prepare(task)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_that_leaves_nothing_for_test_is_refused() -> None:
+    with pytest.raises(Invalid, match=r"^validation: 0\.1 is not allowed; with train=0\.9 nothing is left for test$"):
+        Split(train=0.9, validation=0.1)
+
+
+def test_every_content_of_a_small_space_reaches_its_own_part() -> None:
+    """Four-bit additions: the rows drawn for each part are exactly the pairs that the table gives it."""
+    task = Addition(length=4)
+    data = prepare(task)
+    found = {}
+    for part in PARTS:
+        drawn = jax.jit(lambda key, part=part: draw_set(task, part, key, 4000, data))(jax.random.key(0))
+        assert np.asarray(drawn.scored).any(1).all()
+        found[part] = set(pair_of(np.asarray(drawn.tokens), 4).tolist())
+    assert [len(found[p]) for p in PARTS] == np.bincount(data.table).tolist()
+    assert len(set.union(*found.values())) == 136
+
+
+# ---- shares, keys and seeds
+
+
+def shares_of(task: Addition, rows: int = 20_000, seed: int = 0) -> np.ndarray:
+    drawn = draw(task, rows, seed)
+    table = prepare(task).table
+    return np.asarray(jax.jit(jax.vmap(lambda e: task.part(e, table)))(drawn))
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.05), (0.3, 0.2)])
+def test_shares_of_a_large_space_are_those_asked_for(shares) -> None:
+    parts = shares_of(Addition(length=16, split=Split(*shares)))
+    for number, share in enumerate([*shares, 1 - sum(shares)]):
+        assert abs((parts == number).mean() - share) < 5 * np.sqrt(share * (1 - share) / len(parts))
+
+
+@pytest.mark.parametrize("length", [4, 16])
+def test_another_key_gives_another_independent_cut(length) -> None:
+    first, second = (shares_of(Addition(length=length, split=Split(0.5, 0.25, key=key))) for key in (0, 1))
+    both = ((first == 0) & (second == 0)).mean()
+    tolerance = 0.02 if length == 16 else 0.15  # 136 contents only
+    assert abs(both - 0.25) < tolerance
+    again = shares_of(Addition(length=length, split=Split(0.5, 0.25, key=0)))
+    assert np.array_equal(first, again)
+
+
+def test_cuts_of_large_spaces_are_independent_of_single_bits_of_the_operands() -> None:
+    task = Addition(length=16, split=Split(0.5, 0.25))
+    drawn = draw(task, 20_000, seed=3)
+    train = np.asarray(jax.jit(jax.vmap(lambda e: task.part(e, ())))(drawn)) == 0
+    tokens = np.asarray(drawn.tokens)
+    symbols = np.concatenate([tokens[:, :16] + tokens[:, 17:33], tokens[:, 34:51]], 1)  # both digits of a column, and the sum
+    correlation = [np.corrcoef(train, column)[0, 1] for column in symbols.T]
+    assert np.abs(correlation).max() < 5 / np.sqrt(len(train))
+
+
+def test_membership_does_not_depend_on_the_runs_seed() -> None:
+    """What two runs of other seeds hold out never occurs in what the other trains on."""
+    task = Addition(length=4)
+    runs = [Run(task, Transformer(layers=1, d_model=8, heads=1), seed=seed, steps=1) for seed in (0, 1)]
+    assert np.array_equal(*(prepare(run.task).table for run in runs))
+
+
+# ---- training batches
+
+
+@pytest.mark.parametrize("task", [Addition(length=4), Addition(length=4, split=Split(0.2, 0.4)), Parity(length=6, shortest=2)])
+def test_training_batches_hold_training_contents_or_unscored_rows(task) -> None:
+    data = prepare(task)
+    batches = jax.jit(jax.vmap(lambda key: train_batch(task, key, 8, 0, 0.0, data)))(jax.random.split(jax.random.key(0), 500))
+    parts = np.asarray(jax.jit(jax.vmap(jax.vmap(lambda e: task.part(e, data.table))))(batches))
+    scored = np.asarray(batches.scored).any(-1)
+    assert parts.shape == (500, 8)
+    assert (parts[scored] == 0).all()
+    assert scored.mean() > 0.9999
+
+
+def test_training_batches_are_the_unsplit_law_given_that_a_content_is_for_training() -> None:
+    """Every training pair of three-bit addition is as likely as any other: 1/64 for each order."""
+    task = Addition(length=3, split=Split(0.5, 0.25))
+    data = prepare(task)
+    batches = jax.jit(jax.vmap(lambda key: train_batch(task, key, 16, 0, 0.0, data)))(jax.random.split(jax.random.key(0), 1000))
+    tokens = np.asarray(batches.tokens).reshape(-1, task.positions)
+    ordered = tokens[:, :3] @ [1, 2, 4] + 8 * (tokens[:, 4:7] @ [1, 2, 4])
+    counts = np.bincount(ordered, minlength=64)
+    present = counts[counts > 0]
+    expected = len(tokens) / len(present)
+    assert ((present - expected) ** 2 / expected).sum() < len(present) + 5 * np.sqrt(2 * len(present))
+
+
+def test_without_a_split_every_row_counts() -> None:
+    task = Addition(length=2, split=None)
+    for draw in (lambda key: train_batch(task, key, 64, 0, 0.0, prepare(task)), lambda key: draw_set(task, "test", key, 64, prepare(task))):
+        drawn = jax.jit(draw)(jax.random.key(0))
+        assert drawn.tokens.shape == (64, task.positions)
+        assert np.asarray(drawn.scored).any(1).all()
+        assert len(np.unique(pair_of(np.asarray(drawn.tokens), 2))) == 10  # all of them, in either part
