@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="A laboratory for the smallest language models.\n\n[dim]elegans run carry[/dim] trains 12 small transformers and answers a question.",
+    help="A laboratory for the smallest language models. Start with: elegans run carry",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overrides = Annotated[
@@ -209,3 +209,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("elegans: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

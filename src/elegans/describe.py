@@ -157,7 +157,7 @@ def run_rows(store: Store) -> pa.Table:
     last = "select run, {0} from metrics where split = '{1}' group by run"
     best = "arg_max(loss, step) as {0}_loss, arg_max(exact_match, step) as {0}_exact"
     if not store.has("metrics"):
-        return runs.select([n for n in ("run", "label", "state", "length", *differ)])
+        return runs.select(["run", "label", "state", "length", *differ])
     return store.sql(
         f"select r.run, r.label, r.state, r.diverged_at, r.length, {picked + ', ' if picked else ''}"
         f"v.* exclude run, t.* exclude run from runs r left join ({last.format(best.format('validation'), 'validation')}) v using (run) "

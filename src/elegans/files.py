@@ -76,7 +76,7 @@ def _digest(arrays: dict[str, np.ndarray], notes: dict[str, str]) -> str:
     state = hashlib.blake2b(json.dumps(notes, sort_keys=True).encode(), digest_size=16)
     for name in sorted(arrays):
         state.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        state.update(memoryview(np.ascontiguousarray(arrays[name])).cast("B") if arrays[name].size else b"")
+        state.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
     return state.hexdigest()
 
 

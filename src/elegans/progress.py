@@ -34,7 +34,8 @@ class Display:
         self.bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
         self.task = self.bar.add_task("starting", total=1.0, detail="", left=None) if self.bar else None
         self.total, self.done, self.seconds, self.measured = 0.0, 0.0, 0.0, 0.0
-        self.cohorts, self.cohort, self.plan = 0, 0, None
+        self.cohorts, self.cohort = 0, 0
+        self.plan: CohortPlan | None = None
         self.printed = 0.0
         self.title = ""
 
@@ -59,12 +60,13 @@ class Display:
         self.console.print(f"{len(work.runs)} runs in {self.cohorts} cohorts to train{note}; {work.device.device_kind}", highlight=False)
 
     def _on_cohort(self, detail: tuple[Cohort, CohortPlan, int]) -> None:
-        _, self.plan, step = detail
+        _, plan, step = detail
+        self.plan = plan
         self.cohort += 1
-        self.total -= _cost(self.plan, upto=step)
-        self.title = f"cohort {self.cohort}/{self.cohorts}, {len(self.plan.runs)} runs"
+        self.total -= _cost(plan, upto=step)
+        self.title = f"cohort {self.cohort}/{self.cohorts}, {len(plan.runs)} runs"
         if step:
-            self.console.print(f"{self.title}: resuming at step {step:,} of {self.plan.steps:,}", highlight=False)
+            self.console.print(f"{self.title}: resuming at step {step:,} of {plan.steps:,}", highlight=False)
 
     def _on_event(self, event: train.Event) -> None:
         if isinstance(event, train.Compiling):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ class Purpose(enum.IntEnum):
     ORDER = 6
 
 
-def key_for(seed: Int[Array, ""] | int, purpose: Purpose, step: Int[Array, ""] | int = 0) -> jax.Array:
-    """The key of one draw: folded from a seed, a purpose and a step."""
+def key_for(seed: Any, purpose: Purpose, step: Any = 0) -> jax.Array:
+    """The key of one draw: folded from a seed, a purpose and a step (whole numbers, traced or not)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), int(purpose)), step)
 
 

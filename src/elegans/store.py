@@ -43,6 +43,7 @@ from elegans.training.cohort import resolve
 from elegans.training.planner import CohortPlan, flops_per_step, parameters
 from elegans.training.run import Run
 from elegans.training.train import Checkpoint, Compiled, Event, Rows, Weights
+from elegans.types import AnyArray
 
 FORMAT = 1
 TABLES = ("metrics", "positions")
@@ -339,7 +340,7 @@ class Writer:
         self.step = event.step
         self.close(event.states.diverged)
 
-    def close(self, diverged: np.ndarray) -> None:
+    def close(self, diverged: AnyArray) -> None:
         """Bring the folder in order after a checkpoint was written, now or just before the process was killed.
 
         Of the states to resume from, the newest two stay; those that hold the last state of some run all do.

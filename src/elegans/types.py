@@ -7,11 +7,13 @@ Tasks, models and instruments are written for one example or one replica; the ot
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, Union
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+AnyArray: TypeAlias = Union[Array, np.ndarray]  # noqa: UP007 (mypy needs this form). On the device or on the host
 TruthKind = Literal["binary", "multilabel", "categorical", "number"]
 
 

@@ -1,6 +1,7 @@
 """The transformer against a second implementation of its own, in float64 NumPy, written from the docstrings alone."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -286,7 +287,7 @@ def test_dropout_draws_anew_for_every_key_layer_and_use() -> None:
         edit = lambda site, x: jnp.ones_like(x) if site in ones else x  # noqa: E731
         trace = model.apply(params, TOKENS, edit=edit, key=jax.random.key(seed))[1]
         stream = [np.asarray(trace[s]) for s in ("embed", "resid_mid.0", "resid.0", "resid_mid.1", "resid.1")]
-        return [stream[0] != 0] + [after - before > 1 for before, after in zip(stream, stream[1:], strict=False)]
+        return [stream[0] != 0] + [after - before > 1 for before, after in itertools.pairwise(stream)]
 
     drawn = masks(0) + masks(1)
     assert all(0.35 < m.mean() < 0.65 for m in drawn)
@@ -307,7 +308,7 @@ def test_default_weights_are_drawn_as_torch_draws_them() -> None:
     """`Linear`: uniform within 1/sqrt(fan in). `Embedding`: standard normal. Norms: ones."""
     _, params = wide()
     block = params["blocks"][1]
-    fan_in = {name: 64 for name in ("W_Q", "W_K", "W_V", "W_O")}
+    fan_in = dict.fromkeys(("W_Q", "W_K", "W_V", "W_O"), 64)
     matrices = [(block["attn"][n], f) for n, f in fan_in.items()]
     matrices += [(block["mlp"]["W_in"], 64), (block["mlp"]["W_gate"], 64), (block["mlp"]["W_out"], 170), (params["unembed"]["W_U"], 64)]
     for w, fan in matrices:

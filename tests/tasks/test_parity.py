@@ -106,7 +106,9 @@ def test_contents_of_a_large_space_tell_inputs_apart() -> None:
     task = Parity(length=20, shortest=14)
     rng = np.random.default_rng(0)
     inputs = {tuple(rng.integers(0, 2, n).tolist()) for n in rng.integers(14, 21, 300)}
-    inputs |= {(0,) * n for n in range(14, 21)} | {(1,) + (0,) * (n - 1) for n in range(14, 21)} | {(0,) * (n - 1) + (1,) for n in range(14, 21)}
+    inputs |= (
+        {(0,) * n for n in range(14, 21)} | {(1,) + (0,) * (n - 1) for n in range(14, 21)} | {(0,) * (n - 1) + (1,) for n in range(14, 21)}
+    )
     rows = jnp.array([written(task, x)[0] for x in sorted(inputs)])
     content = np.asarray(jax.jit(jax.vmap(lambda tokens: task.content(Example(tokens, jnp.ones(tokens.shape, bool)))))(rows))
     assert len({tuple(c) for c in content.tolist()}) == len(inputs)

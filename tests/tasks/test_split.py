@@ -69,7 +69,9 @@ def test_small_spaces_are_cut_exactly(shares) -> None:
         assert np.bincount(Split(*shares).table(contents), minlength=3).tolist() == [*expected, contents - sum(expected)]
 
 
-@pytest.mark.parametrize(("task", "empty"), [(Addition(length=1), "validation"), (Parity(length=3), "validation"), (Parity(length=1), "validation")])
+@pytest.mark.parametrize(
+    ("task", "empty"), [(Addition(length=1), "validation"), (Parity(length=3), "validation"), (Parity(length=1), "validation")]
+)
 def test_an_empty_part_is_an_error_that_names_it(task, empty) -> None:
     with pytest.raises(Invalid, match=rf"^split: .*{empty} would be empty") as caught:
         prepare(task)

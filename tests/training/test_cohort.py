@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from elegans import Addition, AdamW, Attention, Cosine, Invalid, Run, Transformer, field, grid, replace, spec
+from elegans import AdamW, Addition, Attention, Cosine, Invalid, Run, Transformer, field, grid, replace, spec
 from elegans.training.cohort import CHUNK, Programs, group, resolve, stack
 from elegans.training.planner import plan
 from elegans.training.step import draw_batch, draw_data, start
+from helpers import as_arrays
 
 STEPS = 20
 MEMORY = 2**30  # bytes
@@ -32,11 +33,6 @@ def six() -> list[Run]:
         replace(replace(tiny(seed=seed), "optim.lr", lr), "optim.weight_decay", decay)
         for seed, lr, decay in [(0, 1e-2, 0.1), (1, 3e-3, 0.1), (2, 1e-2, 0.0), (2, 1e-2, 0.1), (7, 1e-1, 0.1), (11, 1e-4, 0.3)]
     ]
-
-
-def as_arrays(run: Run) -> Run:
-    """The run as a compiled program gets it."""
-    return jax.tree.map(lambda column: column[0], stack([run]))
 
 
 COMPILED: dict[object, Programs] = {}

@@ -133,6 +133,12 @@ class Catalogue:
         return [f.id for f in self.facts.values() if f.learned]
 
     @cached_property
+    def told(self) -> int:
+        """How many runs are known to have learned or not; 0 where nothing but divergence tells."""
+        known = [f for f in self.facts.values() if f.learned is not None]
+        return len(known) if any(f.state != "diverged" for f in known) else 0
+
+    @cached_property
     def differing(self) -> list[str]:
         """Fields that differ between runs, seeds and what is recorded apart; of fields that differ together, the first."""
         names = dict.fromkeys(name for f in self.facts.values() for name in f.fields)
@@ -247,7 +253,7 @@ def _bounds(lines: Iterable[dict[str, Any]]) -> dict[str, tuple[float | None, fl
 
 def _task_bounds(spec: dict[str, Any]) -> tuple[float | None, float | None]:
     try:
-        task: Task = specs.from_dict(Task, spec)  # type: ignore[type-abstract]
+        task: Task = specs.from_dict(Task, spec)
     except Invalid:
         return None, None
     return number(task.floor()), number(task.plateau())

@@ -69,15 +69,14 @@ def curves(rows: pa.Table, catalogue: Catalogue, value: str = "loss", split: str
     More than 60 runs are drawn as their median and 10 to 90 % band in each group.
     """
     data, grouping = series(rows, value), catalogue.grouping(by)
-    many = len(data) > MANY
-    figure = style.blank(420, _curves_caption(data, catalogue, value, split, grouping))
-    draw = _draw_bands if many else _draw_runs
     steps = np.unique(np.concatenate([s for s, _ in data.values()])) if data else np.array([1])
-    draw(figure, data, catalogue, grouping, style.first_step(steps))
-    figure.update_layout(
-        xaxis=style.step_axis(steps), legend={"title": {"text": style.text(grouping.title)}}, showlegend=len(grouping.labels) > 1
-    )
-    figure.update_yaxes(title={"text": UNITS[value][0]}, range=y_range(data, catalogue, value))
+    figure = style.blank(
+        420, _curves_caption(data, catalogue, value, split, grouping),
+        xaxis=style.step_axis(steps), yaxis={"title": {"text": UNITS[value][0]}, "range": y_range(data, catalogue, value)},
+        legend={"title": {"text": style.text(grouping.title)}}, showlegend=len(grouping.labels) > 1,
+    )  # fmt: skip
+    draw = _draw_bands if len(data) > MANY else _draw_runs
+    figure.add_traces(draw(data, catalogue, grouping, style.first_step(steps)))
     if value == "loss":
         style.draw_levels(figure, style.level_lines(catalogue, list(data)))
     return figure
@@ -94,56 +93,57 @@ def y_range(data: Series, catalogue: Catalogue, value: str) -> list[float]:
     return [-0.03 * top, max(top, 1.1 * plateau)]
 
 
-def _draw_runs(figure: go.Figure, data: Series, catalogue: Catalogue, grouping: Grouping, first: float) -> None:
+def _draw_runs(data: Series, catalogue: Catalogue, grouping: Grouping, first: float) -> list[go.Scatter]:
     colours = style.palette(grouping)
-    order = sorted(data, key=lambda run: grouping.labels.index(grouping.of[run]))
+    traces: list[go.Scatter] = []
     named: set[str] = set()
-    for run in order:
+    for run in sorted(data, key=lambda run: grouping.labels.index(grouping.of[run])):
         steps, values = data[run]
         label = grouping.of[run]
         hover = f"<b>{style.text(run)}</b><br>{style.text(catalogue.describe(run), 120)}<br>step %{{customdata}}: %{{y:.4f}}<extra></extra>"
         look = {"name": style.text(label, 28), "legendgroup": label, "line": {"color": colours[label], "width": 1.4}, "opacity": 0.85}
-        figure.add_scatter(
-            x=style.step_places(steps, first), y=values, customdata=steps, mode="lines", hovertemplate=hover,
-            showlegend=label not in named, meta=run, **look,
-        )  # fmt: skip
+        place = {"x": style.step_places(steps, first), "y": values, "customdata": steps}
+        traces.append(go.Scatter(**place, **look, mode="lines", hovertemplate=hover, showlegend=label not in named, meta=run))
         named.add(label)
         if catalogue.facts[run].state == "diverged":
-            _mark_end(figure, run, steps, values, colours[label], first)
+            traces.append(_end(run, steps, values, colours[label], first))
+    return traces
 
 
-def _mark_end(figure: go.Figure, run: str, steps: np.ndarray, values: np.ndarray, colour: str, first: float) -> None:
+def _end(run: str, steps: np.ndarray, values: np.ndarray, colour: str, first: float) -> go.Scatter:
     """A cross at the last finite value of a diverged run."""
     last = np.flatnonzero(~np.isnan(values))[-1]
-    marker = {"symbol": "x", "size": 9, "color": colour}
     hover = f"<b>{style.text(run)}</b><br>diverged; last finite value, step {steps[last]}<extra></extra>"
-    place = style.step_places(steps[last : last + 1], first)
-    figure.add_scatter(
-        x=place, y=values[last : last + 1], mode="markers", marker=marker, hovertemplate=hover, showlegend=False, meta="diverged"
-    )
+    place = {"x": style.step_places(steps[last : last + 1], first), "y": values[last : last + 1]}
+    marker = {"symbol": "x", "size": 9, "color": colour}
+    return go.Scatter(**place, mode="markers", marker=marker, hovertemplate=hover, showlegend=False, meta="diverged")
 
 
-def _draw_bands(figure: go.Figure, data: Series, catalogue: Catalogue, grouping: Grouping, first: float) -> None:
+def _draw_bands(data: Series, catalogue: Catalogue, grouping: Grouping, first: float) -> list[go.Scatter]:
     del catalogue
     colours = style.palette(grouping)
+    traces: list[go.Scatter] = []
     for label in grouping.labels:
         made = band([data[run] for run in data if grouping.of[run] == label])
         if made is not None:
-            draw_band(figure, made, colours[label], f"{style.text(label, 20)} ({made.runs})", first)
+            traces += draw_band(made, colours[label], f"{style.text(label, 20)} ({made.runs})", first)
+    return traces
 
 
-def draw_band(figure: go.Figure, made: Band, colour: str, name: str, first: float, **where: object) -> None:
+def draw_band(made: Band, colour: str, name: str, first: float, axis: str = "y") -> list[go.Scatter]:
     """A median with its band."""
     x = style.step_places(made.step, first)
-    outline = {"x": np.r_[x, x[::-1]], "y": np.r_[made.high, made.low[::-1]], "fill": "toself", "fillcolor": style.faint(colour, 0.16)}
-    figure.add_scatter(**outline, mode="lines", line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name, **where)
-    hover = f"<b>{name}</b><br>step %{{customdata[0]}}: median %{{y:.4f}}<br>10 to 90 %%: %{{customdata[1]:.4f}} to %{{customdata[2]:.4f}}"
-    hover = hover.replace("%%", "%") + "<br>n = %{customdata[3]} runs<extra></extra>"
-    notes = np.column_stack([made.step, made.low, made.high, made.n])
-    line = {"color": colour, "width": 2.2}
-    figure.add_scatter(
-        x=x, y=made.median, customdata=notes, mode="lines", line=line, name=name, legendgroup=name, hovertemplate=hover, **where
+    outline = {"x": np.r_[x, x[::-1]], "y": np.r_[made.high, made.low[::-1]], "fill": "toself", "fillcolor": style.faint(colour, 0.13)}
+    hover = (
+        f"<b>{name}</b><br>step %{{customdata[0]}}: median %{{y:.4f}}<br>10 to 90 %: %{{customdata[1]:.4f}} to %{{customdata[2]:.4f}}"
+        "<br>n = %{customdata[3]} runs<extra></extra>"
     )
+    notes = np.column_stack([made.step, made.low, made.high, made.n])
+    shared = {"mode": "lines", "legendgroup": name, "yaxis": axis}
+    return [
+        go.Scatter(**outline, **shared, line={"width": 0}, hoverinfo="skip", showlegend=False),
+        go.Scatter(x=x, y=made.median, customdata=notes, **shared, line={"color": colour, "width": 2.2}, name=name, hovertemplate=hover),
+    ]
 
 
 def _curves_caption(data: Series, catalogue: Catalogue, value: str, split: str, grouping: Grouping) -> str:
@@ -166,7 +166,7 @@ def _curves_caption(data: Series, catalogue: Catalogue, value: str, split: str, 
 # ---- a probe beside the loss
 
 
-def timeline(probe: pa.Table, loss: pa.Table, catalogue: Catalogue, sites: Mapping[str, str]) -> go.Figure:
+def timeline(probe: pa.Table, loss: pa.Table, catalogue: Catalogue, sites: Mapping[str, str], who: str) -> go.Figure:
     """Probe accuracy above, validation loss below, on one step axis.
 
     probe: run, step, feature, accuracy, chance (at each feature's own site, averaged over bits and positions); loss: run, step, loss.
@@ -177,41 +177,35 @@ def timeline(probe: pa.Table, loss: pa.Table, catalogue: Catalogue, sites: Mappi
     losses = series(loss, "loss")
     all_steps = [s for part in (*parts.values(), losses) for s, _ in part.values()]
     steps = np.unique(np.concatenate(all_steps)) if all_steps else np.array([1])
-    figure = style.blank(500, _timeline_caption(parts, losses, sites))
-    first = style.first_step(steps)
-    for i, feature in enumerate(features):
-        chance = data["chance"][data["feature"] == feature].astype(float)
-        level = float(np.nanmean(chance)) if not np.isnan(chance).all() else None
-        _draw_feature(figure, parts[feature], f"{style.text(feature, 24)}", style.NAMED[i % len(style.NAMED)], level, first)
-    _draw_set(figure, losses, "validation loss", style.GREY, first, yaxis="y2")
-    axis = style.step_axis(steps)
-    figure.update_layout(
-        xaxis={**axis, "anchor": "y2"}, yaxis={"domain": [0.5, 1], "title": {"text": "probe accuracy"}},
+    figure = style.blank(
+        500, _timeline_caption(parts, losses, sites, who), xaxis={**style.step_axis(steps), "anchor": "y2"},
+        yaxis={"domain": [0.5, 1], "title": {"text": "probe accuracy"}},
         yaxis2={"domain": [0, 0.44], "title": {"text": "loss (nats)"}, "range": y_range(losses, catalogue, "loss")},
     )  # fmt: skip
-    style.draw_levels(figure, style.level_lines(catalogue, list(losses)), yref="y2")
+    first = style.first_step(steps)
+    for i, feature in enumerate(features):
+        colour = style.NAMED[i % len(style.NAMED)]
+        figure.add_traces(_draw_set(parts[feature], style.text(feature, 24), colour, first))
+        chance = data["chance"][data["feature"] == feature].astype(float)
+        if not np.isnan(chance).all():
+            style.draw_level(figure, float(np.nanmean(chance)), colour)
+    figure.add_traces(_draw_set(losses, "validation loss", style.GREY, first, "y2"))
+    style.draw_levels(figure, style.level_lines(catalogue, list(losses)), "y2")
     return figure
 
 
-def _draw_set(figure: go.Figure, data: Series, name: str, colour: str, first: float, **where: object) -> None:
+def _draw_set(data: Series, name: str, colour: str, first: float, axis: str = "y") -> list[go.Scatter]:
     made = band(list(data.values()))
-    if made is not None:
-        draw_band(figure, made, colour, name, first, **where)
+    return [] if made is None else draw_band(made, colour, name, first, axis)
 
 
-def _draw_feature(figure: go.Figure, data: Series, name: str, colour: str, chance: float | None, first: float) -> None:
-    _draw_set(figure, data, name, colour, first)
-    if chance is not None:
-        figure.add_hline(y=chance, line={"width": 1.2, "dash": "dot", "color": colour}, yref="y")
-
-
-def _timeline_caption(parts: Mapping[str, Series], losses: Series, sites: Mapping[str, str]) -> str:
+def _timeline_caption(parts: Mapping[str, Series], losses: Series, sites: Mapping[str, str], who: str) -> str:
     n = max((len(p) for p in parts.values()), default=0)
     where = ", ".join(f"{f} at {s}" for f, s in sites.items() if f in parts)
     several = "Lines are medians over runs, bands the 10 to 90 % range. " if n > 1 else ""
     return (
-        f"Above: held-out accuracy of a linear probe, mean over bits and positions, at the site where it ends highest ({where}; "
-        "chosen on these same rows, so slightly optimistic). Dotted: chance, the share of the majority label. "
+        f"Runs: {who}. Above: held-out accuracy of a linear probe, mean over bits and positions, at the site where it ends highest "
+        f"({where}; chosen on these same rows, so slightly optimistic). Dotted: chance, the share of the majority label. "
         "Below: validation loss, nats per scored token. "
         f"{several}n = {n} probed runs, {len(losses)} with a loss."
     )

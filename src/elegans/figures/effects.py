@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 import pyarrow as pa
 import scipy.stats
 
-from elegans.figures import style
-from elegans.figures.catalogue import Catalogue, columns, number
+from elegans.figures import queries, style
+from elegans.figures.catalogue import Catalogue, Tables, columns, number
 from elegans.figures.curves import MANY
 
 MOST_ROWS = 40  # of a forest plot
@@ -65,26 +65,39 @@ def leads(rows: pa.Table, each: pa.Table, catalogue: Catalogue) -> list[Lead]:
     return sorted(found, key=lambda lead: lead.feature)
 
 
+def fields_first(catalogue: Catalogue, tables: Tables) -> list[str]:
+    """Differing fields, those that the groups of the table `lead` name before the others."""
+    groups = tables.ask(queries.LEAD)["group"].to_pylist() if "lead" in tables.names else []
+    named = {item.split("=")[0].strip() for group in groups for item in (group or "").split(",")}
+    return sorted(catalogue.differing, key=lambda name: name not in named and catalogue.short(name) not in named)
+
+
 def lead_forest(found: list[Lead]) -> go.Figure:
     """A dot for each run, the mean of each group with its 95 % interval, and the line of no lead."""
     shown = found[:MOST_ROWS]
     names = dict.fromkeys(lead.feature for lead in shown)
     colour = {feature: style.NAMED[i % len(style.NAMED)] for i, feature in enumerate(names)}
-    figure = style.blank(int(110 + 44 * max(len(shown), 2)), _lead_caption(found, len(shown)))
-    figure.add_vline(x=0, line={"width": 1.5, "color": style.GREY})
+    ticks = _row_axis([lead.name for lead in shown])
+    figure = style.blank(
+        int(110 + 44 * max(len(shown), 2)), _lead_caption(found, len(shown)), yaxis=ticks, showlegend=False, margin={"r": 190},
+        xaxis={"title": {"text": "lead: log10(step of the loss / step of the feature), decades"}},
+    )  # fmt: skip
+    figure.add_shape(type="line", x0=0, x1=0, yref="paper", y0=0, y1=1, line={"width": 1.5, "color": style.GREY})
     for i, lead in enumerate(shown):
         _draw_lead(figure, lead, i, colour[lead.feature])
-    ticks = [f"{style.text(lead.name, 44)}" for lead in shown]
-    figure.update_yaxes(tickmode="array", tickvals=list(range(len(shown))), ticktext=ticks, range=[len(shown) - 0.4, -0.6], showgrid=False)
-    figure.update_xaxes(title={"text": "lead: log10(step of the loss / step of the feature), decades"})
-    figure.update_layout(showlegend=False, margin={"r": 190})
     return figure
+
+
+def _row_axis(names: list[str]) -> dict[str, Any]:
+    """A row for each name, the first on top."""
+    ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [style.text(name, 44) for name in names]}
+    return {**ticks, "range": [len(names) - 0.4, -0.6], "showgrid": False}
 
 
 def _draw_lead(figure: go.Figure, lead: Lead, place: int, colour: str) -> None:
     if len(lead.each):
         y = place + jitter(len(lead.each), 0.24)
-        size, opacity = (6, 0.38) if len(lead.each) <= MANY else (4, 0.2)
+        size, opacity = (6, 0.5) if len(lead.each) <= MANY else (4, 0.2)
         dots = {"size": size, "color": style.faint(colour, opacity)}
         figure.add_scatter(
             x=lead.each, y=y, mode="markers", marker=dots, hovertemplate="one run: %{x:.3f} decades<extra></extra>", name="runs"
@@ -186,13 +199,11 @@ def draw_range(strip: Strip) -> tuple[float, float]:
 def ablation(rows: pa.Table, value: str = "exact_match") -> go.Figure:
     """Exact match (or loss) with nothing removed, with the feature's direction removed, and with random directions removed."""
     made = strips(rows, value)
-    figure = style.blank(int(110 + 46 * max(len(made), 2)), _ablation_caption(made, value))
+    across = {"title": {"text": EFFECTS[value]}, **({"range": [-0.02, 1.02]} if value == "exact_match" else {"rangemode": "tozero"})}
+    height = int(110 + 46 * max(len(made), 2))
+    figure = style.blank(height, _ablation_caption(made, value), xaxis=across, yaxis=_row_axis([s.name for s in made]), showlegend=False)
     for place, strip in enumerate(made):
         _draw_strip(figure, strip, place)
-    ticks = [style.text(strip.name, 44) for strip in made]
-    figure.update_yaxes(tickmode="array", tickvals=list(range(len(made))), ticktext=ticks, range=[len(made) - 0.4, -0.6], showgrid=False)
-    figure.update_xaxes(title={"text": EFFECTS[value]}, rangemode="tozero", **({"range": [-0.02, 1.02]} if value == "exact_match" else {}))
-    figure.update_layout(showlegend=False)
     return figure
 
 
@@ -206,10 +217,10 @@ def _draw_strip(figure: go.Figure, strip: Strip, place: int) -> None:
     if strip.kind == "random" and len(strip.draws) > 1:
         low, high = draw_range(strip)
         hover = f"95 % of single draws: {low:.3f} to {high:.3f}<extra></extra>"
-        bar: dict[str, Any] = {"color": style.faint(colour, 0.25), "width": 14}
+        bar: dict[str, Any] = {"color": style.faint(colour, 0.3), "width": 14}
         figure.add_scatter(x=[low, high], y=[place, place], mode="lines", line=bar, hovertemplate=hover, name="draws")
     if len(strip.each) <= MANY:
-        dots = {"size": 6, "color": style.faint(colour, 0.45)}
+        dots = {"size": 6, "color": style.faint(colour, 0.55)}
         y = place + jitter(len(strip.each), 0.24)
         figure.add_scatter(x=strip.each, y=y, mode="markers", marker=dots, hovertemplate="one run: %{x:.3f}<extra></extra>", name="runs")
     bounds = "" if strip.low is None else f" [{strip.low:.3f}, {strip.high:.3f}]"

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
-from plotly.subplots import make_subplots
 
 from elegans.figures import style
 from elegans.figures.catalogue import columns
 
 FAMILIES = ("embed", "attn_out", "resid_mid", "mlp_out", "resid")  # the order within a layer
 MAPS = 5  # steps shown side by side
+ACROSS = {"showgrid": False, "title": {"text": "bit", "standoff": 4}, "nticks": 4, "tickangle": 0}  # the axis of bits
 MOST_SITES = 26  # more are cut down to the residual stream
 
 
@@ -29,33 +29,23 @@ def position_map(rows: pa.Table, who: str) -> go.Figure:
     n = grid(data["runs"], data["position"], data["step"], positions, steps)
     kept = np.flatnonzero(~np.isnan(z).all(1))
     span = slice(kept[0], kept[-1] + 1) if len(kept) else slice(0, 0)
-    figure = style.blank(int(150 + 14 * min(max(len(positions[span]), 8), 40)), _position_caption(who, n))
-    bar = {"title": {"text": "nats", "side": "top"}, "thickness": 12, "outlinewidth": 0}
+    places = sparse(steps)
+    ticks = {"tickmode": "array", "tickvals": places, "ticktext": [style.compact(int(steps[i])) for i in places]}
+    figure = style.blank(
+        int(150 + 14 * min(max(len(positions[span]), 8), 40)), _position_caption(who, n), plot_bgcolor=style.MISSING,
+        xaxis={**ticks, "title": {"text": "optimiser step"}, "showgrid": False},
+        yaxis={"autorange": "reversed", "title": {"text": "token position"}, "showgrid": False},
+    )  # fmt: skip
     hover = "position %{y}, step %{customdata[0]}<br>loss %{z:.4f} nats<br>n = %{customdata[1]} runs<extra></extra>"
     notes = np.dstack([np.broadcast_to(steps, z.shape), n])[span]
-    figure.add_heatmap(
-        z=z[span],
-        x=np.arange(len(steps)),
-        y=positions[span],
-        customdata=notes,
-        zmin=0,
-        colorscale=style.SCALE,
-        colorbar=bar,
-        hovertemplate=hover,
-        hoverongaps=False,
-    )
-    places = sparse(steps)
-    ticks = {
-        "tickmode": "array",
-        "tickvals": places,
-        "ticktext": [style.compact(steps[i]) for i in places],
-        "title": {"text": "optimiser step"},
-    }
-    figure.update_layout(
-        xaxis={**ticks, "showgrid": False}, yaxis={"autorange": "reversed", "title": {"text": "token position"}, "showgrid": False}
-    )
-    figure.update_layout(plot_bgcolor=style.MISSING)
+    look = {"zmin": 0, "colorscale": style.SCALE, "colorbar": bar("nats"), "hovertemplate": hover, "hoverongaps": False}
+    figure.add_heatmap(z=z[span], x=np.arange(len(steps)), y=positions[span], customdata=notes, **look)
     return figure
+
+
+def bar(title: str) -> dict[str, Any]:
+    """A slim colour bar."""
+    return {"title": {"text": title, "side": "top", "font": {"size": 13}}, "thickness": 12, "outlinewidth": 0}
 
 
 def grid(values: np.ndarray, row: np.ndarray, column: np.ndarray, rows: np.ndarray, across: np.ndarray) -> np.ndarray:
@@ -73,15 +63,21 @@ def sparse(steps: np.ndarray) -> list[int]:
     near = [int(np.abs(np.log(np.maximum(steps, 0.1) / p)).argmin()) for p in powers]
     chosen = sorted({0, *near, len(steps) - 1})
     crowded = max(1, len(steps) // 14)  # labels closer than this would touch
-    return [i for k, i in enumerate(chosen) if i == len(steps) - 1 or chosen[k + 1] - i >= crowded]
+    kept = [0]
+    for i in chosen[1:]:
+        if i == len(steps) - 1 and i - kept[-1] < crowded and len(kept) > 1:
+            kept[-1] = i
+        elif i - kept[-1] >= crowded or i == len(steps) - 1:
+            kept.append(i)
+    return kept
 
 
 def _position_caption(who: str, n: np.ndarray) -> str:
     counts = n[~np.isnan(n)]
     runs = f"n = {int(counts.max())}" if len(counts) else "n = 0"
     return (
-        f"Validation loss at each token position against the optimiser step ({who}, {runs}), nats. The step axis has one column for each "
-        f"evaluation, so it is logarithmic where evaluations are. Grey: not measured, or never scored."
+        f"Runs: {who}. Mean validation loss at each token position against the optimiser step, nats; {runs}. "
+        "The step axis has one column for each evaluation, so it is logarithmic where evaluations are. Grey: not measured, or never scored."
     )
 
 
@@ -151,27 +147,29 @@ def _pick(steps: list[int]) -> list[int]:
 def probe_map(rows: pa.Table, feature: str, who: str) -> go.Figure:
     """What a linear probe reads: site by bit, at a few steps, beside the untrained network, random labels and chance."""
     maps = probe_maps(rows)
-    titles = [name for name, _ in maps.panels]
-    blank = style.blank(int(150 + max(15 * len(maps.sites), 90)), _probe_caption(maps, feature, who))
-    figure = make_subplots(1, len(titles), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.012, figure=blank)
+    gap = 0.012
+    width = (1 - gap * (len(maps.panels) - 1)) / len(maps.panels)
+    layout: dict[str, Any] = {"annotations": [], "margin": {"t": 40}, "plot_bgcolor": style.MISSING}
+    traces = []
     for i, (name, z) in enumerate(maps.panels):
-        hover = f"{name}<br>%{{y}}, bit %{{x}}<br>accuracy %{{z:.3f}}<extra></extra>"
-        heat: dict[str, Any] = {"z": z.astype(np.float32), "x": maps.index, "y": maps.sites, "coloraxis": "coloraxis", "hoverongaps": False}
-        figure.add_heatmap(**heat, hovertemplate=hover, name=name, row=1, col=i + 1)
+        left, axis = i * (width + gap), str(i + 1) if i else ""
+        layout[f"xaxis{axis}"] = {"domain": [left, min(left + width, 1)], "anchor": f"y{axis}", **ACROSS}
+        layout[f"yaxis{axis}"] = {"anchor": f"x{axis}", "type": "category", "showgrid": False, "showticklabels": i == 0}
+        place = {"xref": "paper", "yref": "paper", "x": left + width / 2, "xanchor": "center", "showarrow": False}
+        layout["annotations"].append({**place, "text": name, "y": 1, "yanchor": "bottom"})
         if np.isnan(z).all():
-            figure.add_annotation(text="not<br>measured", x=0.5, y=0.5, xref="x domain", yref="y domain", row=1, col=i + 1, showarrow=False)
-    bar = {"title": {"text": "accuracy", "side": "top"}, "thickness": 12, "outlinewidth": 0}
-    figure.update_layout(coloraxis={"colorscale": style.SCALE, "cmin": maps.low, "cmax": 1, "colorbar": bar}, plot_bgcolor=style.MISSING)
-    figure.update_layout(margin={"t": 40})
-    figure.update_xaxes(showgrid=False, title={"text": "bit", "standoff": 4}, nticks=4, tickangle=0)
-    figure.update_yaxes(showgrid=False, type="category")
-    figure.update_annotations(font={"size": 12})
-    return figure
+            layout["annotations"].append({**place, "text": "not<br>measured", "y": 0.5})
+        hover = f"{name}<br>%{{y}}, bit %{{x}}<br>accuracy %{{z:.3f}}<extra></extra>"
+        heat = {"z": z.astype(np.float32), "x": maps.index, "y": maps.sites, "xaxis": f"x{axis}", "yaxis": f"y{axis}", "name": name}
+        traces.append(go.Heatmap(**heat, coloraxis="coloraxis", hoverongaps=False, hovertemplate=hover))
+    layout["coloraxis"] = {"colorscale": style.SCALE, "cmin": maps.low, "cmax": 1, "colorbar": bar("accuracy")}
+    figure = style.blank(int(150 + max(15 * len(maps.sites), 90)), _probe_caption(maps, feature, who), **layout)
+    return figure.add_traces(traces)
 
 
 def _probe_caption(maps: ProbeMaps, feature: str, who: str) -> str:
     return (
-        f"{feature}: held-out accuracy of a linear probe for each bit (across) at each site of the network (upwards from the input), "
-        f"{who}, n = {maps.runs}. On the same scale: the same probe on the untrained network, a probe trained on random labels, "
+        f"Runs: {who}. {feature}: held-out accuracy of a linear probe for each bit (across) at each site (upwards from the input), "
+        f"mean over runs, n = {maps.runs}. On the same scale: the same probe on the untrained network, a probe trained on random labels, "
         f"and chance (always guessing the majority label), the last two at the last step. Grey: not measured."
     )

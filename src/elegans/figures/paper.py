@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
 from elegans.figures.curves import MANY, UNITS, Series, band, series, y_range
-from elegans.figures.effects import EFFECTS, Lead, Strip, draw_range, jitter, leads, strip_colour, strips
+from elegans.figures.effects import EFFECTS, Lead, Strip, draw_range, fields_first, jitter, leads, strip_colour, strips
 from elegans.figures.maps import ProbeMaps, probe_maps
 from elegans.store import Store
 
@@ -49,7 +49,7 @@ def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Figure]:
     drawn: dict[str, Figure] = {}
     if "metrics" in tables.names:
         rows = tables.ask(queries.curves("validation"))
-        by = runs.differing[0] if runs.differing else None
+        by = next(iter(fields_first(runs, tables)), None)
         for value, name in (("loss", "loss"), ("exact_match", "exact-match")):
             drawn |= {name: curves(data, runs, value, by)} if (data := series(rows, value)) else {}
     if "probe" in tables.names:
@@ -87,7 +87,7 @@ def curves(data: Series, runs: Catalogue, value: str, by: str | None) -> Figure:
                 axes.plot(style.step_places(step, first), y, color=colours[label], alpha=0.85, label=label if i == 0 else None)
         elif (made := band(members)) is not None:
             x = style.step_places(made.step, first)
-            axes.fill_between(x, made.low, made.high, color=colours[label], alpha=0.16, linewidth=0)
+            axes.fill_between(x, made.low, made.high, color=colours[label], alpha=0.13, linewidth=0)
             axes.plot(x, made.median, color=colours[label], label=f"{label} ({made.runs})")
     _step_axis(axes, steps)
     axes.set_ylabel(UNITS[value][0])
@@ -119,7 +119,7 @@ def probe_map(maps: ProbeMaps, feature: str) -> Figure:
         image = axes.imshow(
             np.ma.masked_invalid(z), origin="lower", aspect="auto", vmin=maps.low, vmax=1, cmap="viridis", interpolation="nearest"
         )
-        axes.set_title(name, fontsize=6.5)
+        axes.set_title(name.replace("random ", "random\n"), fontsize=6.5)
         shown = np.unique(np.linspace(0, len(maps.index) - 1, min(3, len(maps.index))).round().astype(int))
         axes.set_xticks(shown, [str(maps.index[i]) for i in shown])
         axes.set_yticks(range(len(maps.sites)), maps.sites)
@@ -159,6 +159,7 @@ def ablation(made: list[Strip], value: str) -> Figure:
         _diamond(axes, strip.mean, strip.low, strip.high, place, colour)
     _rows(axes, [strip.name for strip in made])
     axes.set_xlabel(EFFECTS[value])
+    axes.set_xlim(*((-0.02, 1.02) if value == "exact_match" else (0, None)))
     return figure
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -31,12 +32,14 @@ MOST_LEVELS = 3
 
 
 def palette(grouping: Grouping) -> dict[str, str]:
-    """A colour for every label: viridis without its darkest and lightest ends for sizes, Okabe and Ito for names."""
+    """A colour for every label: viridis without its ends, the dark one lifted, for sizes, Okabe and Ito for names."""
     count = len(grouping.labels)
     if count == 1:
         return {grouping.labels[0]: BLUE}
     if grouping.ordered:
-        shades = matplotlib.colormaps["viridis"](np.linspace(0.18, 0.86, count))
+        places = np.linspace(0, 1, count)
+        shades = matplotlib.colormaps["viridis"](0.15 + 0.66 * places)[:, :3]
+        shades += (1 - shades) * 0.28 * (1 - places)[:, None]  # the dark end would vanish on a dark page
         return {label: matplotlib.colors.to_hex(c) for label, c in zip(grouping.labels, shades, strict=True)}
     return dict(zip(grouping.labels, NAMED, strict=False))
 
@@ -47,17 +50,20 @@ def faint(colour: str, opacity: float) -> str:
     return f"rgba({r},{g},{b},{opacity:g})"
 
 
+@functools.cache
 def template(dark: bool = False) -> go.layout.Template:
     """The look of every figure, on a light or on a dark page."""
     ink, line, grid = ("#D9DCE1", "#6B7079", "#2E3239") if dark else ("#24282E", "#9AA0A8", "#E7E9EC")
     axis = {
         "gridcolor": grid, "linecolor": line, "tickcolor": line, "zeroline": False, "ticks": "outside", "ticklen": 4,
-        "showline": True, "automargin": True, "title": {"standoff": 10},
+        "showline": True, "automargin": True, "title": {"standoff": 10, "font": {"size": 13}},
     }  # fmt: skip
     layout = go.Layout(
         font={"family": FONT, "size": 13, "color": ink}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=list(NAMED),
         xaxis=axis, yaxis=axis, margin={"l": 64, "r": 24, "t": 24, "b": 56}, hovermode="closest",
         hoverlabel={"bgcolor": "#1C1F24" if dark else "#FFFFFF", "bordercolor": line, "font": {"family": FONT, "size": 12, "color": ink}},
+        legend={"title": {"font": {"size": 13}}},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": line, "activecolor": ink},
         annotationdefaults={"font": {"size": 12, "color": ink}, "showarrow": False}, shapedefaults={"line": {"color": ink}},
     )  # fmt: skip
     return go.layout.Template(layout=layout)
@@ -95,7 +101,7 @@ def step_places(steps: np.ndarray, first: float) -> np.ndarray:
     return np.where(steps > 0, steps, first / 2)
 
 
-def first_step(steps: Iterable[float]) -> float:
+def first_step(steps: np.ndarray) -> float:
     """The smallest positive step."""
     return float(min((s for s in steps if s > 0), default=1))
 
@@ -149,10 +155,15 @@ def level_note(catalogue: Catalogue, runs: Sequence[str]) -> str:
     return " ".join(words)
 
 
-def draw_levels(figure: go.Figure, lines: Sequence[tuple[str, float, str]], **where: Any) -> None:
+def draw_levels(figure: go.Figure, lines: Sequence[tuple[str, float, str]], axis: str = "y") -> None:
     """Dotted lines with their labels: floors at the left, where curves are high, plateaus at the right."""
-    for kind, value, label in lines:
-        side = "top left" if kind == "floor" else "top right"
-        figure.add_hline(
-            y=value, line={"width": 1.2, "dash": "dot", "color": GREY}, annotation_text=label, annotation_position=side, **where
-        )
+    for kind, height, label in lines:
+        side, x = ("left", 0) if kind == "floor" else ("right", 1)
+        draw_level(figure, height, GREY, axis)
+        figure.add_annotation(text=label, x=x, xref="paper", xanchor=side, y=height, yref=axis, yanchor="bottom", showarrow=False)
+
+
+def draw_level(figure: go.Figure, height: float, colour: str, axis: str = "y") -> None:
+    """A dotted line across the figure."""
+    line = {"width": 1.2, "dash": "dot", "color": colour}
+    figure.add_shape(type="line", xref="paper", x0=0, x1=1, yref=axis, y0=height, y1=height, line=line)

@@ -38,7 +38,9 @@ class Ablate(ReplicaInstrument):
 
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
         keys = jax.random.split(key, 2)
-        train, test = (draw_set(run.task, p, k, n, data) for p, k, n in zip(("validation", "test"), keys, (self.fit, self.test), strict=True))
+        train, test = (
+            draw_set(run.task, p, k, n, data) for p, k, n in zip(("validation", "test"), keys, (self.fit, self.test), strict=True)
+        )
         seen = vectors(run, params, train, run.model.probed_sites()["resid"])
         names = features_of(run, self.features)
         return {n: self._feature(run, params, reads(seen, train, n), test, n, jax.random.fold_in(key, i)) for i, n in enumerate(names)}

@@ -111,7 +111,7 @@ class ReplicaInstrument(Instrument):
             stacked, vectors, data, axes = _stacked(runs, batch + batch[-1:] * (size - len(batch)))
             if program is None:
                 program = jax.jit(jax.vmap(self._one, (0, 0, axes))).lower(stacked, vectors, data).compile()
-                memory = program.memory_analysis()
+                memory: Any = program.memory_analysis()
                 needed, budget = memory.temp_size_in_bytes + memory.output_size_in_bytes, memory_budget(choose()) // 2
                 if needed > budget and size > 1:
                     size, program = max(1, min(size - 1, int(size * budget / needed))), None

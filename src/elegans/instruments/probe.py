@@ -148,7 +148,8 @@ class Probe(ReplicaInstrument):
         rows = [draw_set(run.task, part, k, n, data) for (part, n), k in zip(parts, keys, strict=False)]
         seen = [vectors(run, params, r, self.sites(run)) for r in rows]
         names = features_of(run, self.features)
-        return {name: self._feature(*(reads(x, r, name) for x, r in zip(seen, rows, strict=True)), keys[2]) for name in names}
+        train, test = (lambda name, i=i: reads(seen[i], rows[i], name) for i in (0, 1))
+        return {name: self._feature(train(name), test(name), keys[2]) for name in names}
 
     def _feature(self, train: Reads, test: Reads, key: jax.Array) -> dict[str, Float[Array, "site read"]]:
         if self.control:
@@ -156,7 +157,11 @@ class Probe(ReplicaInstrument):
         accuracy, log_loss = _score(fit(train, self.c), test)
         count = test.counted.sum(1)
         ones = (test.y[0] * test.counted).sum(1) / jnp.maximum(count, 1)
-        made = {"accuracy": accuracy[0], "log_loss": log_loss[0], "chance": jnp.broadcast_to(jnp.maximum(ones, 1 - ones), accuracy[0].shape)}
+        made = {
+            "accuracy": accuracy[0],
+            "log_loss": log_loss[0],
+            "chance": jnp.broadcast_to(jnp.maximum(ones, 1 - ones), accuracy[0].shape),
+        }
         if self.control:
             made["control"] = accuracy[1]
         return {name: jnp.where(count > 0, values, jnp.nan) for name, values in made.items()}

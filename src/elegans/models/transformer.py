@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -160,7 +161,7 @@ class Attention(Component):
 
 # ---- MLP
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
@@ -207,6 +208,11 @@ class SwiGLU(Component):
         bias = jnp.concatenate([params["b_gate"], params["b_in"]]) if "b_in" in params else None
         gate, value = jnp.split(_linear(x, both, bias), 2, -1)
         return _linear(context.site("mlp_post", jax.nn.silu(gate) * value), params["W_out"], params.get("b_out"))
+
+
+def _unnormed(params: Params, x: Array, context: Context) -> Array:
+    del params, context
+    return x
 
 
 def _linear(x: Float[Array, "position a"], w: Float[Array, "a b"], b: Array | None) -> Float[Array, "position b"]:
@@ -296,7 +302,7 @@ class Transformer(Model):
 
     def _block(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
         site = context.site
-        norm = self.norm.apply if self.norm else (lambda p, y, c: y)
+        norm = self.norm.apply if self.norm else _unnormed
         if self.attention:
             y = self.attention.apply(params["attn"], site("ln1", norm(params["ln1"], x, context)), context)
             x = site("resid_mid", x + context.drop(site("attn_out", y), 0))
@@ -314,7 +320,11 @@ class Transformer(Model):
         if convention == "kaplan":
             return 6 * self.layers * (12 * self.d_model**2 + positions * self.d_model)
         shapes = jax.eval_shape(lambda: self.init(jax.random.key(0), vocab, 1))
-        weights = sum(w.size for name, w in jax.tree_util.tree_leaves_with_path((shapes["blocks"], shapes["unembed"])) if name[-1].key.startswith("W_"))
+        weights = sum(
+            w.size
+            for name, w in jax.tree_util.tree_leaves_with_path((shapes["blocks"], shapes["unembed"]))
+            if name[-1].key.startswith("W_")
+        )
         weights += vocab * self.d_model if self.tied else 0
         mixing = 12 * self.layers * positions * self.heads * self._d_head if self.attention else 0
         return 6 * weights + mixing

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
-from elegans.figures.effects import Lead, Strip, leads, strips
+from elegans.figures.effects import Lead, Strip, fields_first, leads, strips
 from elegans.files import write_text
 from elegans.report import panels, words
 from elegans.report.panels import Panel
@@ -75,26 +75,29 @@ def _transitions(tables: Tables) -> str:
 def _sections(tables: Tables, runs: Catalogue, found: list[Lead]) -> list[Section]:
     """The sections that have rows."""
     names = tables.names
-    first = [item.split("=")[0].strip() for lead in found for item in lead.group.split(",")]
+    by = next(iter(fields_first(runs, tables)), None)
     sections = [
         Section("Lead", panels.lead_panel(found)),
-        Section("Learning", panels.curve_panels(tables, runs, first) if "metrics" in names else []),
-        Section("Positions", panels.position_panel(tables, runs) if "positions" in names else []),
-        Section("Probes", [*panels.timeline_panel(tables, runs), *panels.probe_panels(tables, runs)] if "probe" in names else []),
+        Section("Learning", panels.curve_panels(tables, runs) if "metrics" in names else []),
+        Section("Positions", panels.position_panel(tables, runs, by) if "positions" in names else []),
+        Section("Probes", [*panels.timeline_panel(tables, runs, by), *panels.probe_panels(tables, runs, by)] if "probe" in names else []),
         Section("Ablation", panels.ablation_panel(tables) if "ablate" in names else []),
     ]
     return [section for section in sections if section.panels]
 
 
-def _study(store: Store, runs: Catalogue, found: list[Lead], removed: list[Strip]) -> dict[str, str]:
+def _study(store: Store, runs: Catalogue, found: list[Lead], removed: list[Strip]) -> dict[str, Any]:
     """Name, question and answer. A written answer stands above the computed one."""
     path = store.path / "study.json"
     study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    computed = words.answer(found, removed, runs) if runs.facts else "The store is empty: no run is in it."
+    computed = words.answer(found, removed, runs) if runs.facts else ["The store is empty: no run is in it."]
     return {
-        "name": study.get("name") or store.path.resolve().name, "question": study.get("question") or "",
-        "written": study.get("answer") or "", "computed": computed, "learned": words.learned_sentence(runs) if runs.facts and (found or removed) else "",
-    }  # fmt: skip
+        "name": study.get("name") or store.path.resolve().name,
+        "question": study.get("question") or "",
+        "written": study.get("answer") or "",
+        "computed": computed,
+        "learned": words.learned_sentence(runs) if runs.facts and (found or removed) else "",
+    }
 
 
 def _citations(tables: Tables, sections: list[Section]) -> list[tuple[str, str]]:

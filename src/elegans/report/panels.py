@@ -43,37 +43,42 @@ class Panel:
 class View:
     """Runs that are shown together."""
 
-    label: str
+    who: str
     runs: list[str]
 
+    @property
+    def label(self) -> str:
+        """As shown in the list of choices."""
+        return f"{self.who}, n = {len(self.runs):,}" if len(self.runs) > 1 else self.who
 
-def views(runs: Catalogue) -> list[View]:
-    """The runs that learned, those that did not, each group of the first differing field, and a few single runs."""
+
+def views(runs: Catalogue, by: str | None) -> list[View]:
+    """The runs that learned, those that did not, each group of a field, and a few single runs."""
     going = [f.id for f in runs.facts.values() if f.state != "diverged"]
     learned = set(runs.learned)
     others = [run for run in going if run not in learned]
-    found = [View("mean over the runs that learned", runs.learned), View("mean over the runs that did not learn", others)]
+    found = [View("those that learned", runs.learned), View("those that did not learn", others)]
     if not learned:
-        found = [View("mean over the runs that did not diverge", going)]
-    if runs.differing and learned:
-        grouping = runs.grouping(runs.differing[0])
+        found = [View("those that did not diverge", going)]
+    if by and learned:
+        grouping = runs.grouping(by)
         for label in grouping.labels[:MOST_GROUPS]:
-            found.append(View(f"learned, {grouping.title}={label}", [run for run in runs.learned if grouping.of[run] == label]))
+            found.append(
+                View(f"those that learned with {grouping.title}={label}", [run for run in runs.learned if grouping.of[run] == label])
+            )
     count = SINGLE if len(runs.facts) <= MANY else SINGLE_OF_MANY
     for run in [*runs.learned, *others][:count]:
-        found.append(View(f"run {run[:8]} ({runs.describe(run)})", [run]))
+        found.append(View(f"only {run} ({runs.describe(run)})", [run]))
     return [view for view in found if view.runs]
 
 
 # ---- panels
 
 
-def curve_panels(tables: Tables, runs: Catalogue, first: Sequence[str]) -> list[Panel]:
-    """Loss and exact match against the step; every differing field can colour them, those named in `first` first."""
+def curve_panels(tables: Tables, runs: Catalogue) -> list[Panel]:
+    """Loss and accuracy against the step; differing fields can colour them."""
     rows = {split: tables.ask(queries.curves(split)) for split in ("validation", "train")}
-    fields: Sequence[str | None] = sorted(runs.differing, key=lambda name: runs.short(name) not in first and name not in first)[
-        :MOST_FIELDS
-    ]
+    fields: Sequence[str | None] = effects.fields_first(runs, tables)[:MOST_FIELDS]
     panels = []
     for title, values in (("Loss", ["loss"]), ("Accuracy", ["exact_match", "accuracy"])):
         parts = [(value, split) for value in values for split, part in rows.items() if part.num_rows and series(part, value)]
@@ -92,43 +97,43 @@ def _curve_label(runs: Catalogue, value: str, split: str, by: str | None, severa
     return ", ".join([*parts, SPLITS[split], *([f"coloured by {runs.short(by)}"] if by else [])])
 
 
-def position_panel(tables: Tables, runs: Catalogue) -> list[Panel]:
+def position_panel(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]:
     """Loss by position and step."""
     made = []
-    for view in views(runs):
+    for view in views(runs, by):
         query = queries.positions(queries.among(view.runs, len(runs.facts)))
         rows = tables.ask(query)
         if rows.num_rows and rows["loss"].null_count < rows.num_rows:
-            made.append((view.label, query, position_map(rows, view.label)))
+            made.append((view.label, query, position_map(rows, view.who)))
     return [Panel("Loss at every position", made[0][1], [(label, figure) for label, _, figure in made])] if made else []
 
 
-def probe_panels(tables: Tables, runs: Catalogue) -> list[Panel]:
+def probe_panels(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]:
     """A probe map for every feature."""
     panels = []
     for feature in tables.ask(queries.FEATURES)["feature"].to_pylist():
         made = []
-        for view in views(runs):
+        for view in views(runs, by):
             query = queries.probe_map(feature, queries.among(view.runs, len(runs.facts)))
             rows = tables.ask(query)
             if rows.num_rows:
-                made.append((view.label, query, probe_map(rows, feature, view.label)))
+                made.append((view.label, query, probe_map(rows, feature, view.who)))
         if made:
             panels.append(Panel(f"Where {the(feature)} can be read", made[0][1], [(label, figure) for label, _, figure in made]))
     return panels
 
 
-def timeline_panel(tables: Tables, runs: Catalogue) -> list[Panel]:
+def timeline_panel(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]:
     """Probe accuracy beside the loss."""
     sites = {row["feature"]: row["site"] for row in tables.ask(queries.SITES).to_pylist()}
     made = []
-    for view in views(runs):
+    for view in views(runs, by):
         where = queries.among(view.runs, len(runs.facts))
         query = queries.probe_curves(sites, where)
         probe = tables.ask(query)
         if probe.num_rows and "metrics" in tables.names:
             loss = queries.loss_curves(where)
-            made.append((view.label, f"{query};\n\n{loss}", timeline(probe, tables.ask(loss), runs, sites)))
+            made.append((view.label, f"{query};\n\n{loss}", timeline(probe, tables.ask(loss), runs, sites, view.who)))
     return (
         [Panel("When it can be read, and when the loss falls", made[0][1], [(label, figure) for label, _, figure in made])] if made else []
     )

@@ -17,7 +17,7 @@ NONE = "–"  # what a missing measurement shows as
 class Table:
     """Cells as text, each with the number that sorts it; None sorts last."""
 
-    names: list[str]
+    names: list[tuple[str, bool]]  # and whether the column holds numbers
     rows: list[list[tuple[str, float | str | None]]]
     note: str
 
@@ -35,11 +35,16 @@ def runs_table(runs: Catalogue) -> Table:
     columns |= {title: [getattr(f, name) for f in facts] for title, name in MEASURED.items()}
     columns |= {name: [f.row[name] for f in facts] for name in ("parameters", "length")}
     kept = {name: values for name, values in columns.items() if any(v is not None for v in values)}
+    fixed = [name for name in FIXED if len(facts) > 1 and len(set(kept.get(name, ()))) == 1]
+    same = ", ".join(f"{TITLES.get(name, name)} {_cell(name, kept.pop(name)[0])[0]}" for name in fixed)
     rows = [[_cell(name, values[i]) for name, values in kept.items()] for i in range(min(len(facts), MOST_ROWS))]
-    note = f"The first {MOST_ROWS:,} of {len(facts):,} runs, by id; `elegans sql` gives all." if len(facts) > MOST_ROWS else ""
-    return Table([TITLES.get(name, name) for name in kept], rows, note)
+    notes = [f"All runs: {same}."] if same else []
+    notes += [f"The first {MOST_ROWS:,} of {len(facts):,} runs, by id; `elegans sql` gives all."] if len(facts) > MOST_ROWS else []
+    numeric = [any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values) for values in kept.values()]
+    return Table(list(zip([TITLES.get(name, name) for name in kept], numeric, strict=True)), rows, " ".join(notes))
 
 
+FIXED = ("label", "floor", "plateau", "parameters", "length")  # said once where they are the same for all
 MEASURED = {
     "validation loss": "loss",
     "validation exact match": "exact_match",
@@ -57,7 +62,7 @@ def diverged_table(runs: Catalogue) -> Table:
     facts = sorted((f for f in runs.facts.values() if f.state == "diverged"), key=lambda f: (f.row["diverged_at"] or 0, f.id))
     rows = [[_cell("run", f.id), _cell("", runs.describe(f.id)), _cell("", f.row["diverged_at"])] for f in facts[:MOST_ROWS]]
     note = f"The first {MOST_ROWS:,} of {len(facts):,}." if len(facts) > MOST_ROWS else ""
-    return Table(["run", "fields", "first non-finite step"], rows, note)
+    return Table([("run", False), ("fields", False), ("first non-finite step", True)], rows, note)
 
 
 def _cell(name: str, value: Any) -> tuple[str, float | str | None]:

@@ -7,32 +7,34 @@ from collections.abc import Sequence
 from elegans.figures.catalogue import LEARNED, Catalogue, Facts
 from elegans.figures.effects import Lead, Strip, draw_range, plural
 
-MOST_GROUPS = 4  # named in a sentence
+MOST_GROUPS = 6  # named in a sentence
 VERDICTS = {
     "leads": "the feature leads",
     "lags": "the feature lags behind",
     "no lead": "no lead",
     "undecided": "undecided: the interval leaves the order open",
 }
-SHORT = {"leads": "leads", "lags": "lags", "no lead": "shows no lead", "undecided": "is undecided"}
+MANY_GROUPS = {
+    "leads": "comes before the loss",
+    "lags": "comes after the loss",
+    "no lead": "shows no lead",
+    "undecided": "is undecided",
+}
 
 
-def answer(found: Sequence[Lead], removed: Sequence[Strip], runs: Catalogue) -> str:
-    """One paragraph, from the rows of `lead` and `ablate`; where there are none it says so."""
+def answer(found: Sequence[Lead], removed: Sequence[Strip], runs: Catalogue) -> list[str]:
+    """A sentence for every feature's lead and ablation, from their rows; where there are none they say so."""
     features = dict.fromkeys(lead.feature for lead in found)
     sentences = [_lead_sentence(feature, [lead for lead in found if lead.feature == feature]) for feature in features]
     sentences += [_ablation_sentence(strip, removed) for strip in removed if strip.kind == "feature"]
-    if not sentences:
-        sentences = ["No lead and no ablation was measured in this store.", learned_sentence(runs)]
-    return " ".join(s for s in sentences if s)
+    return sentences or ["No lead and no ablation was measured in this store.", learned_sentence(runs)]
 
 
 def learned_sentence(runs: Catalogue) -> str:
     """How many runs learned, and what that means."""
-    told = [f for f in runs.facts.values() if f.learned is not None]
-    if not told:
+    if not runs.told:
         return "Whether runs learned is not known: no validation loss or exact match was measured."
-    return f"{len(runs.learned)} of {plural(len(told), 'run')} learned: {LEARNED}."
+    return f"{len(runs.learned):,} of {plural(runs.told, 'run')} learned: {LEARNED}."
 
 
 def the(feature: str) -> str:
@@ -48,15 +50,14 @@ def _lead_sentence(feature: str, groups: list[Lead]) -> str:
         return _one_group(groups[0])
     runs, of = sum(g.runs for g in groups), sum(g.of for g in groups)
     parts = []
-    for verdict in dict.fromkeys([*SHORT, *(g.verdict for g in groups)]):
+    for verdict in dict.fromkeys([*MANY_GROUPS, *(g.verdict for g in groups)]):
         chosen = [g for g in groups if g.verdict == verdict]
         if chosen:
-            named = "; ".join(f"{g.group} {_interval(g)}" for g in chosen[:MOST_GROUPS])
+            named = "; ".join(f"{g.group}: {_interval(g)}" for g in chosen[:MOST_GROUPS])
             more = f"; and {len(chosen) - MOST_GROUPS} more" if len(chosen) > MOST_GROUPS else ""
-            parts.append(f"{SHORT.get(verdict, verdict)} in {len(chosen)} ({named}{more})")
-    said = ", ".join(parts)
-    tail = f"in decades of steps before the loss falls; {runs} of {of} runs reached both."
-    return f"Of {len(groups)} groups of runs, {the(feature)} {said}, {tail}"
+            parts.append(f"{MANY_GROUPS.get(verdict, verdict)} in {len(chosen)} of {len(groups)} groups ({named}{more})")
+    said = " and ".join(parts) if len(parts) < 3 else ", ".join(parts)
+    return f"{the(feature).capitalize()} {said}, in decades of steps; {runs} of {plural(of, 'run')} reached both."
 
 
 def _one_group(lead: Lead) -> str:
@@ -75,9 +76,14 @@ def _interval(lead: Lead, sign: int = 1) -> str:
     if lead.mean is None:
         return "not measured"
     if lead.low is None or lead.high is None:
-        return f"{sign * lead.mean:.2f} (no interval)"
+        return f"{_signed(sign * lead.mean)} (no interval)"
     low, high = sorted((sign * lead.low, sign * lead.high))
-    return f"{sign * lead.mean:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{_signed(sign * lead.mean)} [{_signed(low)}, {_signed(high)}]"
+
+
+def _signed(value: float) -> str:
+    """Two decimals and a true minus sign."""
+    return f"{value:.2f}".replace("-", "−")
 
 
 # ---- ablation
@@ -90,12 +96,12 @@ def _ablation_sentence(strip: Strip, among: Sequence[Strip]) -> str:
     start = "" if base is None else f" from {base.mean:.2f}"
     bounds = "" if strip.low is None else f" [{strip.low:.2f}, {strip.high:.2f}]"
     n = plural(len(strip.each), "run")
-    said = f"Removing the direction of {the(strip.feature)} takes exact match{start} to {strip.mean:.2f}{bounds} (n = {n})"
+    said = f"Removing the direction of {the(strip.feature)} takes exact match{start} to {strip.mean:.2f}{bounds} ({n})"
     if random is None:
         return f"{said}; no random direction was removed for comparison."
     low, high = draw_range(random)
-    use = "more than random directions do: the network uses it" if strip.mean < low else "no more than random directions do"
-    return f"{said}, removing random ones to {random.mean:.2f} (95 % of draws {low:.2f} to {high:.2f}): {use}."
+    use = "the network uses it" if strip.mean < low else "no more than random directions do"
+    return f"{said}; removing random directions takes it to {random.mean:.2f} (95 % of draws: {low:.2f} to {high:.2f}): {use}."
 
 
 # ---- key numbers
@@ -106,18 +112,19 @@ def key_numbers(runs: Catalogue) -> list[tuple[str, str, str]]:
     facts = list(runs.facts.values())
     counts = {state: sum(f.state == state for f in facts) for state in ("finished", "unfinished", "diverged")}
     states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
-    told = [f for f in facts if f.learned is not None]
     numbers = [(f"{len(facts):,}", "runs", states)]
-    numbers.append((f"{len(runs.learned)} of {len(told):,}" if told else "not measured", "learned", "last validation loss past half-way"))
+    numbers.append(
+        (f"{len(runs.learned):,} of {runs.told:,}" if runs.told else "not measured", "learned", "last validation loss past half-way")
+    )
     best = min((f for f in facts if f.loss is not None), key=lambda f: (f.loss, f.id), default=None)
     numbers.append(("not measured" if best is None else f"{best.loss:.4f}", "best validation loss", _bounds(best)))
     test = best and best.test_exact_match
-    numbers.append(("not measured" if test is None else f"{test:.3f}", "its exact match on test rows", f"run {best.id}" if best else ""))
+    numbers.append(("not measured" if test is None else f"{test:.3f}", "its test exact match", f"run {best.id}" if best else ""))
     sizes = [f.row["parameters"] for f in facts if f.row["parameters"] is not None]
     span = "not known" if not sizes else f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
     numbers.append((span, "parameters", ""))
     flops = [f.row["flops_per_step"] * f.row["length"] for f in facts if None not in (f.row["flops_per_step"], f.row["length"])]
-    numbers.append((f"{sum(flops):.2g}" if flops else "not known", "training FLOPs", "planned, all runs together"))
+    numbers.append((f"{sum(flops):.2g}".replace("e+", "e") if flops else "not known", "training FLOPs", "planned, all runs together"))
     return numbers
 
 

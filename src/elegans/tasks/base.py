@@ -44,7 +44,7 @@ class Split(Spec):
             raise Invalid(
                 "split", f"{contents} contents", f"{PARTS[int(sizes.argmin())]} would be empty: lengthen the task or say split=none"
             )
-        hashes = np.asarray(keyed_hash(np.arange(contents, dtype=np.int32)[:, None], self.key))
+        hashes = np.asarray(keyed_hash(jax.numpy.arange(contents)[:, None], self.key))
         parts = np.empty(contents, np.int32)
         parts[np.argsort(hashes, kind="stable")] = np.repeat(np.arange(3), sizes)
         return parts
@@ -134,6 +134,7 @@ class Task(Spec):
     def part(self, example: Example, table: Any) -> Int[Array, ""]:
         """The part (0 train, 1 validation, 2 test) that one example belongs to."""
         content = self.content(example)
+        assert self.split is not None
         if self.contents is not None:
             return jax.numpy.asarray(table)[content[0]]
         return self.split.cut(keyed_hash(content, self.split.key))

@@ -9,6 +9,7 @@ import numpy as np
 
 from elegans.training.run import Run
 from elegans.training.step import State, params_of, shapes_of
+from elegans.types import AnyArray
 
 WEIGHTS, OPTIM, DIVERGED = "weights.", "optim.", "diverged"
 
@@ -22,7 +23,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def weights_to_arrays(run: Run, vectors: np.ndarray) -> dict[str, np.ndarray]:
+def weights_to_arrays(run: Run, vectors: AnyArray) -> dict[str, np.ndarray]:
     """Stacked parameter vectors [replica, parameter] as arrays by name; `run` is any run of the cohort, resolved."""
     return _named(params_of(run, np.asarray(vectors)), WEIGHTS)
 

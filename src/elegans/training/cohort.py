@@ -133,13 +133,12 @@ class Programs:
         self.size, self.device = len(runs), device
         task, self.axes = share(runs)
         self.runs, self.task = jax.device_put((stack(runs), task), device)
-        over = {"axis_name": "replica"}
-        data_axes = RunData(self.axes, 0)
-        self._start = jax.jit(jax.vmap(start, **over))
-        self._data = jax.jit(jax.vmap(draw_data, (0, self.axes), RunData(None, 0), **over))
-        self._held_out = jax.jit(jax.vmap(draw_held_out, (0, self.axes), **over))
-        self._evaluate = jax.jit(jax.vmap(evaluate, **over))
-        self._step = jax.vmap(lambda run, state, data, step: advance(run, state, step, data), (0, 0, data_axes, None), **over)
+        axes: Any = RunData  # of vmap, in the shape of the data
+        self._start = jax.jit(jax.vmap(start, axis_name="replica"))
+        self._data = jax.jit(jax.vmap(draw_data, (0, self.axes), axes(None, 0), axis_name="replica"))
+        self._held_out = jax.jit(jax.vmap(draw_held_out, (0, self.axes), axis_name="replica"))
+        self._evaluate = jax.jit(jax.vmap(evaluate, axis_name="replica"))
+        self._step = jax.vmap(_step, (0, 0, axes(self.axes, 0), None), axis_name="replica")
         self._chunk = jax.jit(functools.partial(_chunk, self._step), donate_argnums=1)
         self.metrics: tuple[str, ...] = ()
         self._compiled: Any = None
@@ -167,7 +166,7 @@ class Programs:
             self._compiled = self._chunk.lower(*args, np.int32(1)).compile()
         return self._compiled
 
-    def chunk(self, states: State, step: int, steps: int) -> tuple[State, dict[str, Float[Array, "step replica"]]]:
+    def chunk(self, states: State, step: int, steps: int) -> tuple[State, dict[str, Float[np.ndarray, "step replica"]]]:
         """`steps` optimiser steps (at most CHUNK) from `step`: new states, and the metrics of every step."""
         states, buffer = self.compile()(self.runs, states, self.data, np.int32(step), np.int32(steps))
         return states, dict(zip(self.metrics, np.asarray(buffer)[:, :steps], strict=True))
@@ -182,6 +181,10 @@ class Programs:
         """Device memory of the training program: arguments, results and temporaries, as compiled."""
         m = self.compile().memory_analysis()
         return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+
+
+def _step(run: Run, state: State, data: RunData, step: Int[Array, ""]) -> tuple[State, Any]:
+    return advance(run, state, step, data)
 
 
 def _chunk(step: Any, runs: Run, states: State, data: RunData, first: Int[Array, ""], steps: Int[Array, ""]) -> tuple[State, Array]:

@@ -36,7 +36,7 @@ def choose(name: str | None = None) -> jax.Device:
 def keep_programs() -> None:
     """Keep compiled programs in $ELEGANS_CACHE (default ~/.cache/elegans), and count those that were not there."""
     folder = Path(os.environ.get("ELEGANS_CACHE", Path.home() / ".cache" / "elegans"))
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.monitoring.register_event_listener(_count)

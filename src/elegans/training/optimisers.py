@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from elegans.errors import Invalid
 from elegans.specs import Spec, field, spec, varies
+from elegans.types import AnyArray
 
 Scalar = Any  # a number, or a traced one
 
@@ -93,7 +94,7 @@ def ravel(tree: Any) -> Float[Array, " parameter"]:
     return jnp.concatenate([w.reshape(-1) for w in jax.tree.leaves(tree)])
 
 
-def unravel(vector: Float[Array, "*lead parameter"], like: Any) -> Any:
+def unravel(vector: Float[AnyArray, "*lead parameter"], like: Any) -> Any:
     """The tree of a vector, or of many along leading axes; `like` has the shapes of one. Works on NumPy arrays too."""
     leaves, treedef = jax.tree.flatten(like)
     ends = np.cumsum([w.size for w in leaves])
@@ -104,7 +105,7 @@ def unravel(vector: Float[Array, "*lead parameter"], like: Any) -> Any:
 class Updated(NamedTuple):
     """What one optimiser update made."""
 
-    params: Float[Array, " parameter"]
+    params: Float[AnyArray, " parameter"]
     state: Any
     grad_norm: Float[Array, ""]  # before clipping
 
@@ -131,11 +132,11 @@ class Optimizer(Spec):
         rule = self.transform(lr, matrices)
         return rule if self.clip is None else optax.chain(optax.clip_by_global_norm(self.clip), rule)
 
-    def init(self, params: Float[Array, " parameter"], like: Any) -> Any:
+    def init(self, params: Float[AnyArray, " parameter"], like: Any) -> Any:
         """The optimiser's state for a vector of parameters; `like` is their tree (arrays or shapes)."""
         return self._transform(self.lr, like).init(params)
 
-    def update(self, grads: Any, state: Any, params: Float[Array, " parameter"], step: Int[Array, ""], steps: Scalar) -> Updated:
+    def update(self, grads: Any, state: Any, params: Float[AnyArray, " parameter"], step: Int[Array, ""], steps: Scalar) -> Updated:
         """One update of the vector at a step (from 0) of a run of `steps`; gradients come as a tree."""
         gradient = ravel(grads)
         rule = self._transform(self.lr * self.schedule.factor(step, steps), grads)
@@ -159,5 +160,5 @@ class AdamW(Optimizer):
             decaying = params if self.decay == "all" else jnp.where(matrices, params, 0)
             return -lr * (updates + self.weight_decay * decaying), state
 
-        scaled_decay = optax.GradientTransformation(lambda params: optax.EmptyState(), decay)
+        scaled_decay = optax.GradientTransformation(lambda _: optax.EmptyState(), decay)
         return optax.chain(optax.scale_by_adam(self.b1, self.b2, self.eps), scaled_decay)

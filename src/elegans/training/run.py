@@ -100,7 +100,7 @@ class Run(Spec):
         lengths = {n: getattr(self, n) for n in ("steps", "examples", "epochs", "flops")}
         given = [n for n, v in lengths.items() if v is not None]
         if len(given) != 1:
-            raise Invalid("steps", None if not given else given, "allowed: exactly one of steps, examples, epochs, flops")
+            raise Invalid("steps", given or None, "allowed: exactly one of steps, examples, epochs, flops")
         if self.epochs is not None and self.train_set is None:
             raise Invalid("epochs", self.epochs, "needs a finite training set: give train_set")
         if self.length >= INT_LIMIT:

@@ -13,7 +13,7 @@ from elegans.randomness import Purpose, key_for, shuffled_index
 from elegans.specs import Spec, spec
 from elegans.tasks.sampling import TaskData, compact, draw_set, train_batch
 from elegans.training.optimisers import ravel, unravel
-from elegans.types import Example
+from elegans.types import AnyArray, Example
 
 if TYPE_CHECKING:
     from elegans.training.run import Run
@@ -26,9 +26,9 @@ Metrics = dict[str, Float[Array, ""]]
 class State:
     """What a run carries from step to step (its step count is the cohort's). `params_of` gives the tree of weights."""
 
-    params: Float[Array, " parameter"]  # every weight, in tree order
+    params: Float[AnyArray, "*replica parameter"]  # every weight, in tree order
     opt: Any
-    diverged: Int[Array, ""]  # the step of the first non-finite loss, gradient or parameter; -1: none
+    diverged: Int[AnyArray, "*replica"]  # the step of the first non-finite loss, gradient or parameter; -1: none
 
 
 @jax.tree_util.register_dataclass
@@ -82,11 +82,15 @@ def logits_of(
 
 @spec
 class Update(Spec):
-    """One step of training. Subclass it to change the training loop: `loss` or the whole of `apply`."""
+    """One step of training. Subclass it to change the training loop: `logits`, `loss` or the whole of `apply`."""
 
     def loss(self, run: Run, params: Any, batch: Example, key: jax.Array) -> tuple[Float[Array, ""], Metrics]:
         """The loss that is differentiated, and what else to record of the batch (scalars)."""
-        return scores(logits_of(run, params, batch.tokens, key), batch)
+        return scores(self.logits(run, params, batch, key), batch)
+
+    def logits(self, run: Run, params: Any, batch: Example, key: jax.Array) -> Float[Array, "batch position vocab"]:
+        """Logits that predict every token of the batch but the first."""
+        return logits_of(run, params, batch.tokens, key)
 
     def apply(self, run: Run, state: State, batch: Example, step: Int[Array, ""], key: jax.Array) -> tuple[State, Metrics]:
         """The next state, and the metrics: scalars, `loss` and `grad_norm` among them."""
@@ -107,7 +111,7 @@ def shapes_of(run: Run) -> Any:
     return jax.eval_shape(lambda: initial(run))
 
 
-def params_of(run: Run, vector: Float[Array, "*lead parameter"]) -> Any:
+def params_of(run: Run, vector: Float[AnyArray, "*lead parameter"]) -> Any:
     """The tree of weights of a vector of parameters, or of many."""
     return unravel(vector, shapes_of(run))
 
@@ -129,9 +133,10 @@ def draw_data(run: Run, task: TaskData) -> RunData:
 
 def draw_batch(run: Run, step: Int[Array, ""], data: RunData) -> Example:
     """The batch of a step: fresh rows, or the next ones of a shuffled pass over the finite training set."""
+    steps: Any = run.steps
     if data.finite is None or run.train_set is None:
         key = key_for(run.data_seed, Purpose.DATA, step)
-        return train_batch(run.task, key, run.batch, step, step / run.steps, data.task)
+        return train_batch(run.task, key, run.batch, step, step / steps, data.task)
     size = run.train_set
     row = step * run.batch + jnp.arange(run.batch)  # below 2^31, as Run checks
     index = jax.vmap(lambda r: shuffled_index(r % size, size, key_for(run.data_seed, Purpose.ORDER, r // size)))(row)
@@ -147,7 +152,8 @@ def advance(run: Run, state: State, step: Int[Array, ""], data: RunData) -> tupl
     """
     batch = draw_batch(run, step, data)
     new, metrics = run.update.apply(run, state, batch, step, key_for(run.seed, Purpose.DROPOUT, step))
-    live = (step < run.steps) & (state.diverged < 0)
+    steps: Any = run.steps
+    live = (step < steps) & (state.diverged < 0)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     kept = jax.tree.map(lambda a, b: jnp.where(live & finite, a, b), (new.params, new.opt), (state.params, state.opt))
     well = finite & jnp.isfinite(new.params).all()

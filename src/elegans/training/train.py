@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +122,7 @@ class _Segment:
         self.weight_marks = _Schedule(self.runs, record.weights) if record.weights else None
         self.chunk = 1
 
-    def train(self, step: int, states: State) -> Iterator[Any]:
+    def train(self, step: int, states: State) -> Generator[Event, None, State]:
         """Yield events from `step` to the segment's end; return the states there."""
         if step == 0:
             yield from self._boundary(0, states)
@@ -139,7 +138,7 @@ class _Segment:
         marks = {*every, *self.evaluate_marks.steps, *weights, *self.lengths.tolist(), self.segment.stop}
         return sorted(s for s in marks if step < s <= self.segment.stop)
 
-    def _advance(self, step: int, stop: int, states: State) -> Iterator[Any]:
+    def _advance(self, step: int, stop: int, states: State) -> Generator[Event, None, tuple[State, int]]:
         n = min(self.chunk, stop - step, CHUNK)
         began = time.perf_counter()
         states, metrics = self.programs.chunk(states, step, n)
@@ -166,20 +165,20 @@ class _Segment:
         ended = np.nonzero((self.lengths == step) & sound)[0]
         if len(ended):
             yield from self._evaluation(step, states, "test", ended)
-        kept = np.nonzero(self.weight_marks.due(np.array([step]))[0] & sound)[0] if self.weight_marks else []
+        kept = np.nonzero(self.weight_marks.due(np.array([step]))[0] & sound)[0] if self.weight_marks else np.empty(0, int)
         if len(kept):
             yield Weights(step, self.ids[kept].tolist(), np.asarray(states.params)[kept])
         last = step == self.segment.stop
-        if last or step and step % self.plan.checkpoint_every == 0:
+        if last or (step > 0 and step % self.plan.checkpoint_every == 0):
             yield Checkpoint(step, jax.tree.map(np.asarray, states))
 
     def _evaluation(self, step: int, states: State, part: str, slots: np.ndarray) -> Iterator[Rows]:
         scores = self.programs.evaluate(states.params, part)
         where = {"run": self.ids[slots], "step": np.full(len(slots), step), "split": np.full(len(slots), part)}
-        yield Rows("metrics", {**where, **{n: getattr(scores, n)[slots] for n in ("loss", "accuracy", "exact_match")}})
+        yield Rows("metrics", {**where, **{n: np.asarray(getattr(scores, n))[slots] for n in ("loss", "accuracy", "exact_match")}})
         if not self.record.by_position:
             return
-        loss = scores.position_loss[slots]
+        loss = np.asarray(scores.position_loss)[slots]
         slot, place = np.nonzero(~np.isnan(loss))
         columns = {name: values[slot] for name, values in where.items()}
         yield Rows("positions", {**columns, "position": place + 1, "loss": loss[slot, place]})

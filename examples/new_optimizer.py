@@ -1,0 +1,37 @@
+"""Another optimiser: any optax gradient transformation; and another schedule: one function of t in 0..1.
+
+elegans run examples/new_optimizer.py optim.lr=1e-4,3e-4,1e-3
+"""
+
+import optax
+
+import elegans as el
+
+
+@el.spec
+class Lion(el.Optimizer):
+    """Lion (Chen et al. 2023), from optax."""
+
+    b1: float = el.field(0.9, "interpolation for the sign", ge=0, lt=1)
+    b2: float = el.field(0.99, "decay of the momentum", ge=0, lt=1)
+
+    def transform(self, lr, matrices):
+        return optax.lion(lr, self.b1, self.b2, weight_decay=0.0)
+
+
+@el.spec
+class Parabola(el.Schedule):
+    """(1 - t)^2 after the warm-up."""
+
+    def shape(self, t):
+        return (1 - t) ** 2
+
+
+run = el.Run(
+    el.Addition(length=4),
+    el.Transformer(layers=1, d_model=16, heads=2),
+    Lion(lr=3e-4, schedule=Parabola(warmup=0.1)),
+    batch=32,
+    steps=300,
+)
+study = el.Study(el.grid(run, {"optim.lr": [1e-4, 1e-3], "seed": [0, 1]}), name="lion")

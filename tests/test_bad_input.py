@@ -1,0 +1,128 @@
+"""Bad input: one line, exit status 2, nothing written, nothing compiled."""
+
+import json
+
+import pytest
+from running import elegans
+
+GOOD = """
+run:
+  task: {kind: addition, length: 4}
+  model: {kind: transformer, layers: 1, d_model: 16, heads: 2}
+  optim: {kind: adamw, lr: 1e-3}
+  batch: 8
+  steps: 10
+"""
+BAD_FILES = {
+    "unknown task": (GOOD.replace("addition", "additon"), "task.kind", "additon", "addition, parity"),
+    "unknown field": (GOOD.replace("d_model", "width"), "model.width", "16", "d_model"),
+    "unknown key": (GOOD + "swep: {}\n", "swep", "{}", "sweep"),
+    "wrong type": (GOOD.replace("steps: 10", "steps: ten"), "steps", "ten", "whole number"),
+    "fraction for a count": (GOOD.replace("batch: 8", "batch: 8.5"), "batch", "8.5", "whole number"),
+    "negative width": (GOOD.replace("d_model: 16", "d_model: -16"), "d_model", "-16", ">= 1"),
+    "indivisible width": (GOOD.replace("d_model: 16", "d_model: 15"), "d_model", "15", "multiple of heads=2"),
+    "empty sweep": (GOOD + "sweep: {optim.lr: []}\n", "optim.lr", "[]", "at least one value"),
+    "sweep of no list": (GOOD + "sweep: {optim.lr: 1e-3}\n", "optim.lr", "0.001", "list"),
+    "sweep of an unknown field": (GOOD + "sweep: {optim.rate: [1]}\n", "optim.rate", "rate", "lr"),
+    "duplicate key": (GOOD + "  steps: 20\n", "bad.yaml", "bad.yaml", "duplicate key"),
+    "no YAML": ("run: [", "bad.yaml", "bad.yaml", "no YAML"),
+    "no run": ("sweep: {}\n", "run", "None", "must map"),
+    "zero steps": (GOOD.replace("steps: 10", "steps: 0"), "steps", "0", ">= 1"),
+    "no length": (GOOD.replace("  steps: 10\n", ""), "steps", "None", "exactly one of"),
+    "two lengths": (GOOD + "  flops: 1e9\n", "steps", "flops", "exactly one of"),
+    "NaN learning rate": (GOOD.replace("1e-3", ".nan"), "optim.lr", "nan", "finite"),
+    "infinite learning rate": (GOOD.replace("1e-3", ".inf"), "optim.lr", "inf", "finite"),
+    "absurd width": (GOOD.replace("d_model: 16", "d_model: 65536"), "memory", "bytes", "lower model sizes"),
+    "absurd layers": (GOOD.replace("layers: 1", "layers: 1000000"), "layers", "1000000", "<= 256"),
+    "absurd batch": (GOOD.replace("batch: 8", "batch: 1000000000"), "batch", "1000000000", "<= 1e+06"),
+    "absurd steps": (GOOD.replace("steps: 10", "steps: 10000000000"), "steps", "10000000000", "<"),
+    "absurd length": (GOOD.replace("length: 4", "length: 100000"), "length", "100000", "<= 4096"),
+    "empty part": (GOOD.replace("length: 4", "length: 1"), "split", "3 contents", "empty"),
+    "epochs of fresh data": (GOOD.replace("steps: 10", "epochs: 3"), "epochs", "3", "train_set"),
+}
+
+
+def assert_refused(answer, *said):
+    lines = answer.err.strip().splitlines()
+    assert answer.status == 2, answer
+    assert len(lines) == 1, answer.err
+    for word in said:
+        assert word in lines[0]
+    assert answer.out == "" and answer.compiled == 0
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_yaml(name, tmp_path):
+    text, *said = BAD_FILES[name]
+    (tmp_path / "bad.yaml").write_text(text)
+    assert_refused(elegans("run", tmp_path / "bad.yaml", "--store", tmp_path / "store", "--memory", "4GiB"), *said)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr=fast"], ["optim.lr", "fast", "finite number"]),
+        (["optim.lr="], ["optim.lr", "at least one value"]),
+        (["seed=4..0"], ["seed", "4..0", "ascending"]),
+        (["seed"], ["seed", "field=value"]),
+        (["model.mlp.gain=2"], ["model.mlp.gain", "gain", "ratio"]),
+        (["steps=5", "steps=6"], ["steps", "twice"]),
+        (["--device", "tpu"], ["device", "tpu", "cpu"]),
+        (["--memory", "plenty"], ["memory", "plenty", "8GiB"]),
+        (["--resume"], ["nothing to resume"]),
+        (["--with", "nowhere.py"], ["nowhere.py", "exists"]),
+    ],
+)
+def test_bad_words(words, said, tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    assert_refused(elegans("run", tmp_path / "good.yaml", *words, "--store", tmp_path / "store"), *said)
+    assert not (tmp_path / "store").exists()
+
+
+def test_unknown_study():
+    assert_refused(elegans("run", "cary"), "study", "cary", "carry")
+
+
+def test_a_store_path_that_is_a_file(tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    (tmp_path / "taken").write_text("mine")
+    for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        assert_refused(elegans("run", tmp_path / "good.yaml", "--store", path), "taken", "file")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_folder_with_other_things(tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    assert_refused(elegans("run", tmp_path / "good.yaml", "--store", tmp_path), "other things")
+    assert [p.name for p in tmp_path.iterdir()] == ["good.yaml"]
+
+
+@pytest.mark.parametrize("command", [["ls"], ["sql", "select 1"], ["measure", "probe"], ["report"], ["export", "abc", "out"]])
+def test_no_store(command, tmp_path):
+    name, *rest = command
+    words = [name, rest[0], tmp_path / "none"] if name == "measure" else [name, tmp_path / "none", *rest]
+    assert_refused(elegans(*words), "no store here")
+
+
+def test_a_newer_store(tmp_path):
+    (tmp_path / "format.json").write_text(json.dumps({"format": 999}))
+    (tmp_path / "good.yaml").write_text(GOOD)
+    for words in (["ls", tmp_path], ["run", tmp_path / "good.yaml", "--store", tmp_path]):
+        assert_refused(elegans(*words), "newer", "999")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["show", "additon"], ["task", "additon", "addition, parity"]),
+        (["show", "addition", "length=x"], ["length", "x", "whole number"]),
+        (["show", "addition", "length=1,2"], ["length", "1,2", "one value"]),
+        (["show", "addition", "split.train=0.99"], ["validation", "0.05", "nothing is left"]),
+        (["show", "parity", "shortest=20"], ["shortest", "20", "length=16"]),
+        (["bench", "--replicas", "0"], ["replicas", "0", "above 0"]),
+        (["bench", "--d-model", "13"], ["d_model", "13", "heads=4"]),
+    ],
+)
+def test_other_commands(words, said):
+    assert_refused(elegans(*words), *said)

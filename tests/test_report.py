@@ -1,0 +1,220 @@
+"""The report is one file that needs no network, says what the rows say, and says where they say nothing."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+
+import synthetic
+from elegans import report
+from elegans.figures import Catalogue, Lead, Strip
+from elegans.files import write_json
+from elegans.report import words
+from elegans.store import Store
+
+NONE = np.array([])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    made = synthetic.make(tmp_path_factory.mktemp("report"), synthetic.small())
+    write_json(made.path / "study.json", {"name": "Quiet <carry>", "question": "Does the carry come first?"})
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(store):
+    return report.write(store).read_text(encoding="utf-8")
+
+
+def own(page: str) -> str:
+    """The page without the library inlined in it."""
+    return re.sub(r"<script>/\*\*.*?</script>", "", page, count=1, flags=re.DOTALL)
+
+
+def text(page: str) -> str:
+    """What a reader sees."""
+    return " ".join(re.sub(r"<[^>]+>", " ", re.sub(r"<(script|style).*?</\1>", " ", page, flags=re.DOTALL)).split())
+
+
+def sections(page: str) -> list[str]:
+    return re.findall(r'<section[^>]* id="([^"]+)"', page)
+
+
+def figures(page: str) -> list[dict]:
+    return [json.loads(part) for part in re.findall(r'class="figure">(.*?)</script>', page, flags=re.DOTALL)]
+
+
+# ---- one file
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    assert not re.search(r"<(link|iframe|object|embed|img|base)\b", own(page))
+    assert not re.search(r"\b(src|href|action)\s*=\s*[\"'](?!#)", own(page))
+    assert not re.search(r"@import|url\(|https?:", own(page))
+    assert "default-src 'none'" in page
+
+
+def test_the_page_offers_no_upload(page):
+    assert "showSendToCloud: false" in page and 'plotlyServerURL: ""' in page
+
+
+def test_the_library_is_inlined_once(page):
+    assert page.count("plotly.js v") == 1 and len(own(page)) < 1_500_000
+
+
+def test_the_same_rows_give_the_same_bytes(store, page):
+    assert report.write(store).read_text(encoding="utf-8") == page
+    assert not list(store.path.glob(".*.tmp"))
+
+
+def test_users_text_cannot_become_markup(page):
+    assert "<h1>Quiet &lt;carry&gt;</h1>" in page
+    assert all("<" not in part for part in re.findall(r'class="figure">(.*?)</script>', page, flags=re.DOTALL))
+
+
+# ---- what it says
+
+
+def test_every_section_is_there(page):
+    assert sections(page) == ["answer", "lead", "learning", "positions", "probes", "ablation", "runs", "diverged", "provenance", "cite"]
+
+
+def test_the_answer_has_the_numbers_of_the_rows(store, page):
+    rows = [row for row in store.table("lead").to_pylist() if row["feature"] == "carry"]
+    for row in rows:
+        interval = f"{row['group']}: {row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]".replace("-", "−")
+        assert interval in text(page)
+    assert "8 of 12 runs learned" in text(page)
+
+
+def test_key_numbers_come_from_the_runs(page):
+    seen = text(page)
+    assert "runs 12 11 finished, 1 diverged" in seen
+    assert "learned 8 of 12" in seen
+    assert f"training FLOPs {12 * 20_000 * 8.9e7:.2g}".replace("e+", "e") in seen
+    assert "floor 0, plateau 0.567" in seen
+
+
+def test_the_table_of_runs_shows_missing_measurements_as_missing(store, page):
+    table = page[page.index('<section id="runs">') : page.index('<section id="diverged">')]
+    rows = re.findall(r"<tr><td>.*?</tr>", table, flags=re.DOTALL)
+    assert len(rows) == 12
+    (diverged,) = [row for row in rows if ">diverged<" in row]
+    assert diverged.count('class="none">–<') == 4
+    assert "1,234" in page[page.index('<section id="diverged">') :]
+
+
+def test_every_query_gives_rows(store, page):
+    commands = re.findall(r"<pre>(.*?)</pre>", page, flags=re.DOTALL)
+    assert len(commands) >= 8
+    for command in (part for block in commands for part in block.split("\n\nelegans")):
+        command = command.replace("&#34;", '"').replace("&#39;", "'").replace("&gt;", ">").replace("&lt;", "<").removeprefix("elegans")
+        query = re.fullmatch(r' sql STORE "(.*)"', command, flags=re.DOTALL).group(1)
+        assert store.sql(re.sub(r"\\(.)", r"\1", query)).num_rows > 0
+
+
+def test_figures_parse_and_carry_their_captions(page):
+    found = figures(page)
+    assert len(found) > 20
+    assert all(figure["layout"]["meta"]["caption"] and "template" not in figure["layout"] for figure in found)
+
+
+def test_a_written_answer_stands_above_the_computed_one(tmp_path):
+    store = synthetic.make(tmp_path, synthetic.small())
+    write_json(tmp_path / "study.json", {"name": "s", "question": "q", "answer": "Yes, by a hair."})
+    seen = text(report.write(store).read_text(encoding="utf-8"))
+    assert seen.index("Yes, by a hair.") < seen.index("comes before the loss")
+
+
+# ---- what is absent
+
+
+def test_sections_vanish_without_rows(tmp_path):
+    page = report.write(synthetic.make(tmp_path, synthetic.small(), tables=("metrics",))).read_text(encoding="utf-8")
+    assert sections(page) == ["answer", "learning", "runs", "diverged", "provenance", "cite"]
+    assert "No lead and no ablation was measured" in text(page)
+
+
+def test_an_unmeasured_store_says_so(tmp_path):
+    page = report.write(synthetic.make(tmp_path, synthetic.small(), tables=())).read_text(encoding="utf-8")
+    assert "learning" not in sections(page)
+    assert "learned not measured" in text(page) and "best validation loss not measured" in text(page)
+
+
+def test_an_empty_store_has_a_report(tmp_path):
+    assert "no run is in it" in text(report.write(Store.create(tmp_path / "empty")).read_text(encoding="utf-8"))
+
+
+def test_a_table_without_the_needed_columns_is_named(tmp_path):
+    store = synthetic.make(tmp_path, synthetic.small(), tables=("metrics",))
+    store.add_rows("lead", "store", store.table("metrics").select(["run", "loss"]))
+    page = report.write(store).read_text(encoding="utf-8")
+    assert "The table lead has no column group" in text(page) and "lead" not in sections(page)
+
+
+# ---- words
+
+
+def lead(mean, low, high, verdict, **change) -> Lead:
+    return Lead(
+        **({"group": "all", "feature": "carry", "runs": 8, "of": 12} | change), mean=mean, low=low, high=high, verdict=verdict, each=NONE
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            lead(0.21, 0.08, 0.35, "leads"),
+            "In 8 of 12 runs, the carry is decodable 0.21 [0.08, 0.35] decades of steps before the loss falls (a factor of 1.6)",
+        ),
+        (
+            lead(-0.3, -0.4, -0.2, "lags"),
+            "0.30 [0.20, 0.40] decades of steps after the loss falls (a factor of 2): the feature lags behind.",
+        ),
+        (lead(0.05, -0.1, 0.2, "undecided"), "0.05 [−0.10, 0.20] decades of steps before the loss falls (a factor of 1.1): undecided"),
+        (lead(0.0, -0.02, 0.02, "no lead"), "no lead."),
+        (
+            lead(None, None, None, "undecided", runs=0),
+            "No run reached both the step of the carry and that of the loss: their order is undecided.",
+        ),
+    ],
+)
+def test_a_lead_in_words(row, said):
+    (sentence,) = words.answer([row], [], Catalogue({}))
+    assert said in sentence
+
+
+def strip(kind, mean, draws=NONE) -> Strip:
+    return Strip("", "" if kind == "base" else "carry", "", kind, np.array([mean]), draws, mean, None, None)
+
+
+@pytest.mark.parametrize(("left", "said"), [(0.1, "the network uses it"), (0.95, "no more than random directions do")])
+def test_an_ablation_is_judged_against_random_directions(left, said):
+    draws = np.linspace(0.9, 1.0, 41)
+    (sentence,) = words.answer([], [strip("base", 0.99), strip("feature", left), strip("random", 0.95, draws)], Catalogue({}))
+    assert sentence.startswith(f"Removing the direction of the carry takes exact match from 0.99 to {left:.2f} (1 run);")
+    assert sentence.endswith(f"{said}.")
+
+
+def test_an_ablation_without_random_directions_is_not_judged():
+    (sentence,) = words.answer([], [strip("base", 0.99), strip("feature", 0.1)], Catalogue({}))
+    assert sentence.endswith("no random direction was removed for comparison.")
+
+
+# ---- many runs
+
+
+def test_a_thousand_runs_stay_usable(tmp_path):
+    axes = {"optim.lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "model.d_model": [8, 16, 32, 64], "seed": range(50)}
+    store = synthetic.make(tmp_path, synthetic.runs_of(axes), probes=6)
+    began = time.process_time()
+    path = report.write(store)
+    assert time.process_time() - began < 20  # some 7 s of one idle core, type checks apart
+    assert path.stat().st_size < 15e6
+    page = path.read_text(encoding="utf-8")
+    assert "1000 runs are too many for single curves" in page and "1,000" in text(page)
+    assert page.count("<tr><td>") > 1000

@@ -1,0 +1,473 @@
+"""Specs: the identity of a run, what is a leaf and what is structure, sweeps, and one-line errors."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import elegans as el
+from elegans import (
+    MLP,
+    WSD,
+    AdamW,
+    Addition,
+    At,
+    Attention,
+    Cosine,
+    Every,
+    Invalid,
+    LayerNorm,
+    Learned,
+    Linear,
+    Optimizer,
+    Parity,
+    Record,
+    RMSNorm,
+    Run,
+    Spec,
+    Split,
+    SwiGLU,
+    Task,
+    Transformer,
+    field,
+    grid,
+    identity,
+    note,
+    replace,
+    spec,
+    varies,
+)
+from elegans.specs import fill, from_dict, get, leaves, to_dict
+from elegans.training.cohort import resolve
+
+RUN = Run(Addition(length=4), Transformer(layers=1, d_model=8, heads=2), AdamW(lr=1e-3, schedule=Cosine(warmup=0.1)), batch=4, steps=10)
+DATA = {
+    "task": {"kind": "addition", "length": 4},
+    "model": {"kind": "transformer", "layers": 1, "d_model": 8, "heads": 2},
+    "optim": {"kind": "adamw", "lr": 1e-3, "schedule": {"kind": "cosine", "warmup": 0.1}},
+    "batch": 4,
+    "steps": 10,
+}
+
+
+# ---- identity
+
+
+def backwards(data):
+    """The same mappings, keys in the opposite order."""
+    return {k: backwards(v) for k, v in reversed(data.items())} if isinstance(data, dict) else data
+
+
+def test_the_order_of_keys_and_the_way_of_building_do_not_matter() -> None:
+    assert from_dict(Run, DATA) == from_dict(Run, backwards(DATA)) == RUN
+    assert RUN.id == identity(RUN) == from_dict(Run, backwards(DATA)).id
+
+
+def test_ids_are_twelve_hexadecimal_digits_and_tell_runs_apart() -> None:
+    runs = grid(RUN, {"optim.lr": [1e-3, 1.0000001e-3], "seed": range(20), "task.length": [4, 5]})
+    assert len({run.id for run in runs}) == 80
+    assert all(len(run.id) == 12 and set(run.id) <= set("0123456789abcdef") for run in runs)
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_ids_are_the_same_in_another_process(hash_seed) -> None:
+    program = (
+        "import json, sys, elegans as el\nfrom elegans.specs import from_dict\n"
+        "print([r.id for r in el.grid(from_dict(el.Run, json.loads(sys.argv[1])), {'seed': range(3), 'model.mlp': ['mlp', None]})])"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    made = subprocess.run([sys.executable, "-c", program, json.dumps(DATA)], env=environment, capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == str([run.id for run in grid(RUN, {"seed": range(3), "model.mlp": ["mlp", None]})])
+
+
+def test_whole_numbers_given_for_floats_are_floats() -> None:
+    assert (
+        from_dict(Run, {**DATA, "optim": {"kind": "adamw", "lr": 1}}).id
+        == from_dict(Run, {**DATA, "optim": {"kind": "adamw", "lr": 1.0}}).id
+    )
+    whole = AdamW(lr=1)
+    assert type(whole.lr) is float and whole == AdamW(lr=1.0)
+
+
+def test_labels_and_defaults_written_out_are_no_part_of_the_identity() -> None:
+    assert dataclasses.replace(RUN, label="mine").id == RUN.id
+    assert from_dict(Run, {**DATA, "seed": 0, "update": "update", "train_set": None}).id == RUN.id
+
+
+def test_an_option_that_is_off_by_default_can_be_added_without_changing_ids() -> None:
+    @spec
+    class Before(Spec):
+        kind: ClassVar[str] = "probe_of_ids"
+        gain: float = 1.0
+
+    @spec
+    class After(Spec):
+        kind: ClassVar[str] = "probe_of_ids"
+        gain: float = 1.0
+        window: int | None = None
+        part: Split | None = None
+
+    assert identity(Before(2.0)) == identity(After(2.0))
+    assert len({identity(s) for s in (After(2.0), After(2.0, window=3), After(2.0, part=Split()), After(3.0))}) == 4
+
+
+def test_switching_off_what_is_on_by_default_changes_the_id_and_survives_the_way_to_data() -> None:
+    off = replace(RUN, "optim.clip", None)
+    assert off.id != RUN.id
+    assert from_dict(Run, to_dict(off)).optim.clip is None
+
+
+# ---- to data and back
+
+unit, positive, small = st.floats(0, 0.99), st.floats(1e-30, 1e30), st.integers(1, 99)
+
+
+def made_of(kind: str | None = None, /, **fields: st.SearchStrategy) -> st.SearchStrategy:
+    """Plain data of a spec, with any of its fields left out."""
+    return st.fixed_dictionaries({"kind": st.just(kind)} if kind else {}, optional=fields)
+
+
+def one_of_words(*words: str | bool | None) -> st.SearchStrategy:
+    return st.sampled_from(words)
+
+
+off, coin = st.none(), st.booleans()
+splits = off | st.sampled_from([{}, {"train": 0.8, "validation": 0.1, "key": 7}, {"train": 0.5, "validation": 0.25}])
+order = one_of_words("lsb", "msb")
+tasks = made_of("addition", length=st.integers(1, 4096), cot=coin, inputs=order, outputs=order, split=splits) | made_of(
+    "parity", length=st.integers(9, 15), shortest=off | st.integers(1, 9), cot=coin, compat=one_of_words("paper", None), split=splits
+)
+schedules = st.one_of(
+    made_of("constant", warmup=unit, start=unit),
+    made_of("cosine", warmup_steps=off | small, end=unit),
+    made_of("linear", warmup=unit, end=unit),
+    made_of("wsd", decay=st.floats(0.01, 1), end=unit),
+)
+models = made_of(
+    "transformer",
+    layers=st.integers(1, 256),
+    d_model=st.sampled_from([8, 64]),
+    heads=st.sampled_from([1, 2, 4]),
+    d_head=off | st.sampled_from([2, 6]),
+    attention=off | made_of("attention", scale=positive),
+    mlp=off | made_of("swiglu", ratio=off | st.floats(0.1, 64)) | made_of("mlp", activation=one_of_words("relu", "gelu_tanh")),
+    norm=off | made_of("rms_norm", eps=positive) | st.just("layer_norm"),
+    position=off | made_of("rotary", theta=positive) | st.just("learned"),
+    tied=coin,
+    bias=coin,
+    dropout=off | unit,
+    init_std=off | unit,
+    dtype=one_of_words("float32", "bfloat16", "tensorfloat32"),
+)
+optims = made_of("adamw", lr=positive, clip=off | positive, schedule=schedules, b1=unit, decay=one_of_words("all", "matrices"))
+whens = (
+    made_of("log_spaced", per_decade=small)
+    | made_of("every", steps=st.integers(1, 10**9))
+    | made_of("at", steps=st.lists(st.integers(0, 99)))
+)
+records = made_of(train=whens, evaluate=whens, weights=off | whens, examples=small, by_position=coin)
+lengths = st.one_of(
+    st.fixed_dictionaries({"steps": st.integers(1, 2**20)}),
+    st.fixed_dictionaries({"examples": st.floats(1, 1e6) | small}),
+    st.fixed_dictionaries({"epochs": st.floats(0.1, 9), "train_set": small}),
+    st.fixed_dictionaries({"flops": st.floats(1, 1e9)}),
+)
+seed = st.integers(0, 2**31 - 1)
+needed = st.fixed_dictionaries({"task": tasks, "model": models, "batch": small})
+runs = st.tuples(
+    needed, made_of(optim=optims, record=records, seed=seed, data_seed=off | seed, init_seed=off | seed, label=st.text()), lengths
+)
+
+
+def shown(data, path: str = "") -> dict[str, object]:
+    """Every value of plain data by its path."""
+    if isinstance(data, dict):
+        return {k: v for name, inner in data.items() for k, v in shown(inner, f"{path}.{name}").items()}
+    return {path: data}
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@given(runs)
+def test_every_run_survives_the_way_to_data_and_back(parts) -> None:
+    data = {k: v for part in parts for k, v in part.items()}
+    run = from_dict(Run, data)
+    plain = json.loads(json.dumps(to_dict(run), allow_nan=False))
+    back, bare = from_dict(Run, plain), dataclasses.replace(run, label=None)
+    assert back == bare and back.id == run.id and hash(back) == hash(bare)
+    found = shown(plain)
+    for path, value in shown({k: v for k, v in data.items() if k != "label"}).items():
+        kept = found.get(path, found.get(f"{path}.kind"))  # a bare name, or none left out
+        assert kept == value, path
+
+
+def test_a_bare_name_stands_for_a_kind_with_its_defaults() -> None:
+    assert from_dict(Optimizer, "adamw") == AdamW() == from_dict(Optimizer, {"kind": "adamw"})
+    assert replace(RUN, "optim.schedule", "linear").optim.schedule == Linear()
+    assert replace(RUN, "model.mlp", {"kind": "mlp", "ratio": 2}).model.mlp == MLP(ratio=2.0)
+
+
+# ---- sweeps
+
+
+def test_grids_are_products_with_the_last_axis_fastest() -> None:
+    made = grid(RUN, {"optim.lr": [1e-3, 1e-2], "task.length": [4, 5, 6], "seed": range(4)})
+    assert [(r.optim.lr, r.task.length, r.seed) for r in made] == [(lr, n, s) for lr in (1e-3, 1e-2) for n in (4, 5, 6) for s in range(4)]
+    assert made[0].model is RUN.model or made[0].model == RUN.model
+
+
+def test_grids_sweep_kinds_whole_specs_and_off() -> None:
+    made = grid(RUN, {"model.norm": ["layer_norm", None, RMSNorm(eps=1e-3)]})
+    assert [r.model.norm for r in made] == [LayerNorm(), None, RMSNorm(eps=1e-3)]
+    assert grid(RUN, {}) == [RUN]
+    assert grid(RUN, {"model.dtype": "bfloat16"})[0].model.dtype == "bfloat16"  # a word is one value, not its letters
+
+
+def test_a_sweep_may_come_from_numpy() -> None:
+    """`np.logspace` is how a learning rate is swept: its numbers are checked, and named, like any others."""
+    made = grid(RUN, {"optim.lr": np.logspace(-4, -2, 3), "seed": np.arange(2)})
+    plain = grid(RUN, {"optim.lr": np.logspace(-4, -2, 3).tolist(), "seed": [0, 1]})
+    assert [r.id for r in made] == [r.id for r in plain]
+    with pytest.raises(Invalid, match=r"^optim\.lr: "):
+        replace(RUN, "optim.lr", np.float64(-1.0))
+    with pytest.raises(Invalid, match=r"^batch: "):
+        replace(RUN, "batch", np.int64(0))
+
+
+def test_replace_changes_one_field_and_nothing_else() -> None:
+    made = replace(RUN, "optim.schedule.end", 0.5)
+    before, after = el.fields(RUN), el.fields(made)
+    assert {k for k in before if before[k] != after[k]} == {"optim.schedule.end"}
+    assert RUN.optim.schedule.end == 0.1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.seed = 3
+
+
+def test_labels_are_filled_from_fields() -> None:
+    assert fill("lr={optim.lr} d={model.d_model} {model.mlp}", RUN) == "lr=0.001 d=8 swiglu"
+    assert get(RUN, "optim.schedule.warmup") == 0.1
+
+
+# ---- errors: one line that names the field, the value and what is allowed
+
+
+@spec
+class Inner(Spec):
+    part_gain: float = field(1.0, "a float whose name begins like the field that holds it", ge=0)
+
+
+@spec
+class Outer(Spec):
+    part: Inner = field(Inner(), "holds it")
+
+
+class Undecorated(Attention):
+    pass
+
+
+BROKEN = {
+    "unknown field": (lambda: from_dict(Run, {**DATA, "bach": 4}), "bach", "4", "batch"),
+    "unknown nested field": (lambda: from_dict(Run, {**DATA, "optim": {"kind": "adamw", "rl": 1}}), "optim.rl", "1", "weight_decay"),
+    "unknown path": (lambda: replace(RUN, "optim.rl", 1), "optim.rl", "rl", "weight_decay"),
+    "a path through a number": (lambda: replace(RUN, "optim.lr.x", 1), "optim.lr.x", "x", "no spec"),
+    "a path through what is off": (
+        lambda: replace(replace(RUN, "task.split", None), "task.split.key", 1),
+        "task.split.key",
+        "1",
+        "switch it on",
+    ),
+    "wrong type": (lambda: replace(RUN, "optim.lr", "fast"), "optim.lr", "fast", "a finite number and > 0"),
+    "wrong type for a spec": (lambda: replace(RUN, "optim", 3), "optim", "3", "adamw"),
+    "a list for a spec": (lambda: from_dict(Run, {**DATA, "task": [1]}), "task[0]", "1", "addition"),
+    "a list for a number": (lambda: from_dict(Run, {**DATA, "batch": [4]}), "batch", "[4]", "a whole number"),
+    "fraction for a whole number": (lambda: replace(RUN, "batch", 2.5), "batch", "2.5", "a whole number and >= 1"),
+    "nan": (lambda: AdamW(lr=float("nan")), "lr", "nan", "a finite number"),
+    "infinity": (lambda: AdamW(lr=float("inf")), "lr", "inf", "a finite number"),
+    "a number too large for a float": (lambda: AdamW(lr=10**400), "lr", "1000", "a finite number"),
+    "negative": (lambda: AdamW(lr=-1e-3), "lr", "-0.001", "> 0"),
+    "too large a seed": (lambda: replace(RUN, "seed", 2**31), "seed", "2147483648", "<"),
+    "bool for a whole number": (lambda: replace(RUN, "batch", True), "batch", "True", "a whole number"),
+    "bool for a float": (lambda: replace(RUN, "optim.lr", True), "optim.lr", "True", "a finite number"),
+    "number for a bool": (lambda: replace(RUN, "task.cot", 1), "task.cot", "1", "true or false"),
+    "a word that is not offered": (lambda: replace(RUN, "task.inputs", "big"), "task.inputs", "big", "lsb | msb"),
+    "none where it must be on": (lambda: replace(RUN, "batch", None), "batch", "None", "a whole number"),
+    "bad item of a list": (lambda: At(steps=(1, -1)), "steps", "-1", ">= 0"),
+    "empty sweep": (lambda: grid(RUN, {"optim.lr": []}), "optim.lr", "[]", "at least one value"),
+    "a sweep that is no list": (lambda: grid(RUN, {"seed": 3}), "seed", "3", "list"),
+    "bad value in a sweep": (lambda: grid(RUN, {"optim.lr": [1e-3, 0]}), "optim.lr", "0", "> 0"),
+    "unknown kind": (lambda: from_dict(Run, {**DATA, "task": {"kind": "adition"}}), "task.kind", "adition", "addition, "),
+    "unknown kind by name": (lambda: replace(RUN, "optim", "adamv"), "optim.kind", "adamv", "adamw"),
+    "a kind of another family": (lambda: from_dict(Run, {**DATA, "task": "adamw"}), "task.kind", "adamw", "addition"),
+    "a kind that is no word": (lambda: from_dict(Run, {**DATA, "task": {"kind": ["addition"]}}), "task.kind", "addition", "parity"),
+    "no kind": (lambda: from_dict(Run, {**DATA, "task": {"length": 3}}), "task.kind", "None", "addition"),
+    "a missing field": (lambda: from_dict(Run, {"task": "addition", "steps": 1}), "model", "None", "transformer"),
+    "no mapping": (lambda: from_dict(Run, 3), "", "3", "mapping"),
+    "an undecorated subclass": (lambda: Undecorated(), "Undecorated", "undecorated", "@el.spec"),
+    "no length": (lambda: replace(RUN, "steps", None), "steps", "None", "exactly one of steps, examples, epochs, flops"),
+    "two lengths": (lambda: replace(RUN, "flops", 1e9), "steps", "flops", "exactly one of steps, examples, epochs, flops"),
+    "epochs of nothing": (lambda: dataclasses.replace(RUN, steps=None, epochs=3.0), "epochs", "3", "train_set"),
+    "endless epochs": (lambda: dataclasses.replace(RUN, steps=None, epochs=1e308, train_set=1000), "epochs", "1e+308", "allowed"),
+    "too many steps": (lambda: dataclasses.replace(RUN, steps=None, flops=1e30), "flops", "1e+30", "steps"),
+    "two warm-ups": (lambda: Cosine(warmup=0.1, warmup_steps=5), "warmup_steps", "5", "not both"),
+    "heads that do not divide": (lambda: replace(RUN, "model.heads", 3), "model.d_model", "8", "multiple of heads=3"),
+    "an odd width to rotate": (lambda: replace(RUN, "model.d_head", 3), "model.d_head", "3", "even"),
+    "a long value": (lambda: replace(RUN, "optim.lr", "x" * 500), "optim.lr", "xxx", "a finite number"),
+    "a value of two lines": (lambda: replace(RUN, "task.inputs", "l\nsb"), "task.inputs", "sb", "lsb | msb"),
+    "a field named like its holder": (lambda: replace(Outer(), "part.part_gain", -1), "part.part_gain", "-1", ">= 0"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_input_gets_one_line_with_the_field_the_value_and_what_is_allowed(case) -> None:
+    make, name, value, allowed = BROKEN[case]
+    with pytest.raises(Invalid) as caught:
+        make()
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 400
+    assert line.startswith(f"{name}: ")
+    said = line.removeprefix(f"{name}: ")
+    assert value in said and allowed in said
+
+
+def test_errors_are_value_errors() -> None:
+    with pytest.raises(ValueError, match="lr"):
+        AdamW(lr=0)
+
+
+def test_two_classes_of_one_name_are_refused_where_the_name_is_used() -> None:
+    def make(module: str) -> None:
+        body = {"__annotations__": {"gain": float}, "gain": 1.0, "__module__": module, "kind": "probe_of_kinds"}
+        spec(type("Twice", (Optimizer,), body))
+
+    make("one")
+    assert from_dict(Optimizer, "probe_of_kinds").gain == 1.0
+    make("one")  # the newest definition in one file wins
+    from_dict(Optimizer, "probe_of_kinds")
+    make("two")
+    with pytest.raises(Invalid, match=r"kind: 'probe_of_kinds' .*one\.Twice and two\.Twice"):
+        from_dict(Optimizer, "probe_of_kinds")
+
+
+def test_abstract_classes_are_no_kinds() -> None:
+    with pytest.raises(Invalid, match=r"^kind: 'task' is not allowed"):
+        from_dict(Task, "task")
+
+
+# ---- leaves and structure
+
+FULL = Run(
+    Parity(length=6, shortest=2),
+    Transformer(layers=1, d_model=8, heads=2, dropout=0.1, init_std=0.02, mlp=SwiGLU(ratio=2)),
+    AdamW(schedule=WSD(warmup_steps=3)),
+    batch=4,
+    steps=10,
+    train_set=32,
+    record=Record(weights=Every(5)),
+)
+
+
+def structure_of(run: Run):
+    return jax.tree.structure(resolve(run))
+
+
+def test_leaves_are_the_floats_and_what_varies() -> None:
+    expected = {"optim.lr", "optim.clip", "optim.weight_decay", "optim.b1", "optim.b2", "optim.eps"}
+    expected |= {f"optim.schedule.{name}" for name in ("warmup", "warmup_steps", "start", "decay", "end")}
+    expected |= {"model.attention.scale", "model.dropout", "model.init_std", "steps", "seed", "data_seed", "init_seed"}
+    assert set(leaves(resolve(FULL))) == expected
+
+
+@pytest.mark.parametrize("path", sorted(leaves(resolve(FULL))))
+def test_changing_a_leaf_keeps_the_structure(path) -> None:
+    old = get(resolve(FULL), path)
+    new = old + 1 if isinstance(old, int) else old / 2 + 1e-3
+    start = FULL if path not in ("optim.schedule.warmup",) else replace(FULL, "optim.schedule.warmup_steps", None)
+    assert structure_of(replace(start, path, new)) == structure_of(start)
+
+
+OTHERWISE = {
+    "task": Addition(length=4),
+    "task.length": 7,
+    "task.shortest": 3,
+    "task.cot": False,
+    "task.compat": "paper",
+    "task.split": None,
+    "task.split.train": 0.8,
+    "task.split.validation": 0.06,
+    "task.split.key": 1,
+    "model.layers": 2,
+    "model.d_model": 16,
+    "model.heads": 4,
+    "model.d_head": 6,
+    "model.attention": None,
+    "model.mlp": MLP(),
+    "model.mlp.ratio": 3.0,
+    "model.norm": LayerNorm(),
+    "model.norm.eps": 1e-3,
+    "model.position": Learned(),
+    "model.position.theta": 100.0,
+    "model.tied": True,
+    "model.bias": True,
+    "model.dropout": None,
+    "model.init_std": None,
+    "model.dtype": "bfloat16",
+    "optim.clip": None,
+    "optim.decay": "matrices",
+    "optim.schedule": Cosine(),
+    "optim.schedule.warmup_steps": None,
+    "batch": 8,
+    "count": "matmul",
+    "train_set": 64,
+    "record.train": Every(7),
+    "record.train.per_decade": 3,
+    "record.evaluate": At((3,)),
+    "record.evaluate.per_decade": 3,
+    "record.weights.steps": 6,
+    "record.weights": None,
+    "record.examples": 99,
+    "record.by_position": False,
+}
+
+
+@pytest.mark.parametrize("path", OTHERWISE)
+def test_changing_structure_parts_cohorts(path) -> None:
+    assert structure_of(replace(FULL, path, OTHERWISE[path])) != structure_of(FULL)
+
+
+def test_every_field_is_either_a_leaf_or_listed_as_structure() -> None:
+    lengths_and_words = {"examples", "epochs", "flops", "label", "update", "model", "optim", "record"}
+    given = set(leaves(resolve(FULL))) | set(OTHERWISE) | lengths_and_words
+    assert set(el.fields(FULL)) - given == set()
+
+
+def test_a_leaf_that_is_off_is_structure() -> None:
+    for path in ("optim.clip", "model.dropout", "model.init_std"):
+        assert structure_of(replace(FULL, path, None)) != structure_of(FULL)
+        assert path not in leaves(replace(FULL, path, None))
+
+
+def test_trees_of_specs_are_rebuilt_whole() -> None:
+    back = jax.tree.map(lambda leaf: leaf, FULL)
+    assert back == FULL
+    doubled = jax.tree.map(lambda leaf: leaf * 2, AdamW(lr=1e-3))
+    assert doubled.lr == 2e-3 and doubled.decay == "all"
+
+
+def test_notes_do_not_reach_the_program() -> None:
+    @spec
+    class Noted(Spec):
+        gain: float = 1.0
+        seed: int = varies(0, "varies")
+        size: int = 3
+        word: str | None = note(None, "means nothing")
+
+    assert jax.tree.structure(Noted(word="a")) == jax.tree.structure(Noted(word="b"))
+    assert set(leaves(Noted())) == {"gain", "seed"}
+    assert "word" not in to_dict(Noted(word="a"))
