@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from running import elegans
 
 GOOD = """

@@ -236,7 +236,7 @@ def test_ablation_averages_draws_within_runs_and_keeps_their_spread(tables):
     rows = tables.ask(queries.ABLATION)
     made = {strip.name: strip for strip in strips(rows)}
     assert next(iter(made)) == "nothing removed" and len(made) == 5
-    random = made["random direction instead of carry"]
+    random = made["carry: random direction removed"]
     assert len(random.each) == 8 and len(random.draws) == 160
     assert random.mean == pytest.approx(random.draws.mean())
     assert 0 <= random.low < random.mean < random.high <= 1

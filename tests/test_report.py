@@ -192,7 +192,7 @@ def strip(kind, mean, draws=NONE) -> Strip:
     return Strip("", "" if kind == "base" else "carry", "", kind, np.array([mean]), draws, mean, None, None)
 
 
-@pytest.mark.parametrize(("left", "said"), [(0.1, "the network uses it"), (0.95, "no more than random directions do")])
+@pytest.mark.parametrize(("left", "said"), [(0.1, "the network uses it"), (0.95, "no more than chance directions do")])
 def test_an_ablation_is_judged_against_random_directions(left, said):
     draws = np.linspace(0.9, 1.0, 41)
     (sentence,) = words.answer([], [strip("base", 0.99), strip("feature", left), strip("random", 0.95, draws)], Catalogue({}))

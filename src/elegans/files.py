@@ -56,18 +56,21 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], notes: dict[str, str
     """Write named arrays as safetensors, atomically, with a digest of everything in the header."""
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     with replacing(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary, metadata={**notes, "digest": _digest(arrays, notes)})
+        # one entry: several would be written in an order that differs between processes
+        entry = json.dumps({"notes": notes, "digest": _digest(arrays, notes)}, sort_keys=True)
+        safetensors.numpy.save_file(arrays, temporary, metadata={"elegans": entry})
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Arrays and notes of a file of `write_arrays`. Raises `StoreError` where a single bit differs."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            notes = dict(file.metadata() or {})
+            entry = json.loads((file.metadata() or {}).get("elegans", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise StoreError(f"{path}: unreadable ({str(error).splitlines()[0]})") from None
-    if notes.pop("digest", None) != _digest(arrays, notes):
+    notes = entry.get("notes", {})
+    if entry.get("digest") != _digest(arrays, notes):
         raise StoreError(f"{path}: damaged, its digest does not match its contents")
     return arrays, notes
 

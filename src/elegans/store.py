@@ -336,7 +336,7 @@ class Writer:
                 self.digests[path.name] = file_digest(path)
                 parts.clear()
         state = self.cohort.path / f"state-{event.step:010d}.safetensors"
-        write_arrays(state, state_to_arrays(self.run, event.states), {"parts": json.dumps(self.digests)})
+        write_arrays(state, state_to_arrays(self.run, event.states), {"parts": json.dumps(self.digests, sort_keys=True)})
         self.step = event.step
         self.close(event.states.diverged)
 

@@ -23,11 +23,12 @@ NEEDED = {
     "runs": ("run", "cohort", "label", "state", "diverged_at", "length", "parameters", "flops_per_step"),
     "metrics": ("run", "step", "split", "loss", "accuracy", "exact_match"),
     "positions": ("run", "step", "split", "position", "loss"),
-    "probe": ("run", "step", "feature", "site", "family", "layer", "index", "position", "accuracy", "chance", "control", "untrained"),
+    "probe": ("run", "step", "feature", "site", "family", "layer", "index", "position", "accuracy", "chance"),
     "ablate": ("run", "step", "feature", "method", "direction", "draw", "loss", "exact_match", "base_loss", "base_exact_match"),
     "transition": ("run", "feature", "level", "loss_step", "feature_step", "lead"),
     "lead": ("group", "feature", "runs", "of", "mean", "low", "high", "verdict"),
 }
+OPTIONAL = {"probe": ("control", "untrained")}  # null where an instrument was told not to measure them
 SEEDS = ("seed", "data_seed", "init_seed")
 SHADES = 8  # values of a field that get a colour each; more are binned
 BINS = 5
@@ -41,12 +42,16 @@ class Tables:
         self.connection = duckdb.connect(config={"enable_external_access": False})
         self.names: set[str] = set()
         self.lacking: dict[str, list[str]] = {}
+        self.left_out: set[tuple[str, str]] = set()
         for name, needed in NEEDED.items():
             table = store.table(name)
             absent = [c for c in needed if c not in table.column_names]
             if table.num_rows and absent:
                 self.lacking[name] = absent
             elif table.num_rows:
+                for column in OPTIONAL.get(name, ()):
+                    if column not in table.column_names:
+                        self.left_out.add((name, column))
                 self.connection.register(name, table)
                 self.names.add(name)
 

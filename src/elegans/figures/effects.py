@@ -16,6 +16,11 @@ from elegans.figures.curves import MANY
 
 MOST_ROWS = 40  # of a forest plot
 GOLDEN = 0.618033988749895  # its multiples spread evenly: a jitter without chance
+CONTROLS = {
+    "random": "random direction removed",
+    "matched": "random step of equal length",
+    "labels": "random labels' direction removed",
+}
 EFFECTS = {"exact_match": "exact match", "loss": "validation loss (nats per scored token)"}
 
 
@@ -140,17 +145,22 @@ def _lead_caption(found: list[Lead], shown: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """A row of the ablation figure. `each` holds a value for each run, random draws averaged; `draws` every single draw."""
+    """A row of the ablation figure. `each` holds a value for each run, draws averaged; `draws` every single draw."""
 
     name: str
     feature: str  # and the method; both empty for the base
     method: str
-    kind: str  # base, feature, random or another direction
+    kind: str  # base, feature, or the control's direction
     each: np.ndarray
     draws: np.ndarray
     mean: float
     low: float | None  # 95 % t interval of the mean over runs; None for a single run
     high: float | None
+
+    @property
+    def repeated(self) -> bool:
+        """Whether a control was drawn several times in each run."""
+        return self.kind in CONTROLS and len(self.draws) > len(self.each)
 
 
 def strips(rows: pa.Table, value: str = "exact_match") -> list[Strip]:
@@ -161,11 +171,17 @@ def strips(rows: pa.Table, value: str = "exact_match") -> list[Strip]:
     for feature, method in sorted(set(zip(data["feature"], data["method"], strict=True))):
         here = (data["feature"] == feature) & (data["method"] == method)
         tail = f" ({method})" if several else ""
-        for direction in sorted(set(data["direction"][here]), key=lambda d: (d != "feature", d)):
+        for direction in sorted(set(data["direction"][here]), key=_place):
             part = here & (data["direction"] == direction)
-            name = f"{feature} removed{tail}" if direction == "feature" else f"{direction} direction instead of {feature}{tail}"
+            name = f"{feature} removed{tail}" if direction == "feature" else f"{feature}: {CONTROLS.get(direction, direction)}{tail}"
             made.append(_strip(name, feature, method, direction, data["run"][part], data[value][part], value))
     return [strip for strip in made if strip is not None]
+
+
+def _place(direction: str) -> tuple[int, str]:
+    """The feature's own direction first, then the controls."""
+    order = ["feature", *CONTROLS]
+    return order.index(direction) if direction in order else len(order), direction
 
 
 def _strip(name: str, feature: str, method: str, kind: str, run: np.ndarray, values: np.ndarray, value: str) -> Strip | None:
@@ -178,7 +194,7 @@ def _strip(name: str, feature: str, method: str, kind: str, run: np.ndarray, val
     mean, low, high = mean_interval(each)
     if value == "exact_match" and low is not None and high is not None:
         low, high = max(low, 0.0), min(high, 1.0)
-    return Strip(name, feature, method, kind, each, values if kind == "random" else each, mean, low, high)
+    return Strip(name, feature, method, kind, each, values, mean, low, high)
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
@@ -191,7 +207,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None
 
 
 def draw_range(strip: Strip) -> tuple[float, float]:
-    """The central 95 % of single random draws."""
+    """The central 95 % of single draws."""
     low, high = np.quantile(strip.draws, (0.025, 0.975))
     return float(low), float(high)
 
@@ -214,7 +230,7 @@ def strip_colour(kind: str) -> str:
 
 def _draw_strip(figure: go.Figure, strip: Strip, place: int) -> None:
     colour = strip_colour(strip.kind)
-    if strip.kind == "random" and len(strip.draws) > 1:
+    if strip.repeated:
         low, high = draw_range(strip)
         hover = f"95 % of single draws: {low:.3f} to {high:.3f}<extra></extra>"
         bar: dict[str, Any] = {"color": style.faint(colour, 0.3), "width": 14}
@@ -230,12 +246,12 @@ def _draw_strip(figure: go.Figure, strip: Strip, place: int) -> None:
 
 def _ablation_caption(made: list[Strip], value: str) -> str:
     runs = max((len(strip.each) for strip in made), default=0)
-    draws = max((len(strip.draws) for strip in made if strip.kind == "random"), default=0)
-    many = f" {runs} runs are too many for dots." if runs > MANY else " Dots: runs, random draws averaged within each."
+    draws = max((len(strip.draws) for strip in made if strip.repeated), default=0)
+    many = f" {runs} runs are too many for dots." if runs > MANY else " Dots: runs, draws averaged within each."
     cut = " (cut at 0 and 1)" if value == "exact_match" else ""
     what = "Exact match on held-out rows" if value == "exact_match" else "Validation loss, nats per scored token,"
     return (
         f"{what} when a direction is projected out of the network, at the last step measured. Diamonds: means over runs, with their "
-        f"95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of single random directions "
-        f"({plural(draws, 'draw')} in all), to which the feature's own direction is to be compared."
+        f"95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of single draws of a control "
+        f"({plural(draws, 'draw')} each), to which the feature's own direction is to be compared."
     )

@@ -55,7 +55,7 @@ def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Figure]:
     if "probe" in tables.names:
         where = queries.among(runs.learned, len(runs.facts)) if runs.learned else "true"
         for feature in tables.ask(queries.FEATURES)["feature"].to_pylist():
-            rows = tables.ask(queries.probe_map(feature, where))
+            rows = tables.ask(queries.probe_map(feature, where, tables.left_out))
             drawn |= {f"probe-{_file_name(feature)}": probe_map(probe_maps(rows), feature)} if rows.num_rows else {}
     if {"lead", "transition"} <= tables.names:
         drawn["lead"] = lead_forest(leads(tables.ask(queries.LEAD), tables.ask(queries.TRANSITION), runs))
@@ -152,7 +152,7 @@ def ablation(made: list[Strip], value: str) -> Figure:
     figure, axes = _blank(0.8 + 0.26 * len(made))
     for place, strip in enumerate(made):
         colour = strip_colour(strip.kind)
-        if strip.kind == "random" and len(strip.draws) > 1:
+        if strip.repeated:
             axes.plot(draw_range(strip), [place, place], color=colour, alpha=0.25, linewidth=7, solid_capstyle="butt")
         if len(strip.each) <= MANY:
             axes.plot(strip.each, place + jitter(len(strip.each), 0.24), ".", color=colour, alpha=0.4, markersize=4, markeredgewidth=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 FEATURES = "select feature, count(distinct run) as runs from probe group by feature order by feature"
 LEAD = 'select "group", feature, runs, "of", mean, low, high, verdict from lead order by feature, "group"'
@@ -43,10 +43,11 @@ group by step, position qualify 2 * runs >= max(runs) over ()
 order by step, position"""
 
 
-def probe_map(feature: str, where: str) -> str:
-    """Mean over runs and token positions, by step, site and bit."""
-    return f"""select step, site, family, layer, "index", avg(accuracy) as accuracy, avg(control) as control,
-  avg(chance) as chance, avg(untrained) as untrained, count(distinct run) as runs
+def probe_map(feature: str, where: str, left_out: Collection[tuple[str, str]] = ()) -> str:
+    """Mean over runs and token positions, by step, site and bit; null for a control that was not measured."""
+    control, untrained = ("null" if ("probe", name) in left_out else f"avg({name})" for name in ("control", "untrained"))
+    return f"""select step, site, family, layer, "index", avg(accuracy) as accuracy, {control} as control,
+  avg(chance) as chance, {untrained} as untrained, count(distinct run) as runs
 from probe where feature = {quoted(feature)} and {where}
 group by step, site, family, layer, "index" order by step, layer, site, "index\""""
 

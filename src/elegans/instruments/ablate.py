@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
-from elegans.instruments.probe import Probes, Reads, features_of, fit, reads, vectors, with_random_labels
+from elegans.instruments.probe import Probes, Reads, features_of, fit, reads, sites_of, vectors, with_random_labels
 from elegans.models.base import Edit
 from elegans.specs import field, spec
 from elegans.tasks.sampling import TaskData, draw_set
@@ -22,7 +22,7 @@ from elegans.types import Example
 class Ablate(ReplicaInstrument):
     """Loss and exact match after a feature's direction is removed wherever the feature is read.
 
-    For every read, the block whose probe has the lowest training loss is chosen; there, in every forward
+    For every read, the site of `family` whose probe has the lowest training loss is chosen; there, in every forward
     pass, x <- x - (w.x + b) w with unit w, which moves x onto the probe's decision plane. `loss` in nats
     per scored token (`base_loss` without ablation, and chance is the task's plateau), `exact_match` a share
     of test rows (`base_exact_match` is the ceiling). Controls, by `direction`: `random`, the same with random
@@ -31,6 +31,7 @@ class Ablate(ReplicaInstrument):
     """
 
     features: tuple[str, ...] = field((), "features to ablate; empty: all binary ones")
+    family: str = field("resid", "family of sites to ablate at; see Model.probed_sites")
     fit: int = field(2048, "examples to fit the probes on", ge=2, le=1_000_000)
     test: int = field(512, "rows to measure on", ge=1, le=1_000_000)
     draws: int = field(16, "random directions of each control", ge=1, le=1024)
@@ -41,7 +42,7 @@ class Ablate(ReplicaInstrument):
         train, test = (
             draw_set(run.task, p, k, n, data) for p, k, n in zip(("validation", "test"), keys, (self.fit, self.test), strict=True)
         )
-        seen = vectors(run, params, train, run.model.probed_sites()["resid"])
+        seen = vectors(run, params, train, sites_of(run, (self.family,)))
         names = features_of(run, self.features)
         return {n: self._feature(run, params, reads(seen, train, n), test, n, jax.random.fold_in(key, i)) for i, n in enumerate(names)}
 
@@ -54,7 +55,8 @@ class Ablate(ReplicaInstrument):
         along = [Removal(true.layer, u, u, nothing.b) for u in random]
         matched = [true._replace(u=u) for u in random]
         removals = jax.tree.map(lambda *v: jnp.stack(v), nothing, true, *along, *matched, wrong)
-        found = jax.lax.map(lambda removal: _measure(run, params, test, name, removal), removals)
+        sites = sites_of(run, (self.family,))
+        found = jax.lax.map(lambda removal: _measure(run, params, test, name, sites, removal), removals)
         base = {f"base_{k}": jnp.broadcast_to(v[0], v[1:].shape) for k, v in found.items()}
         return {k: v[1:] for k, v in found.items()} | base
 
@@ -65,7 +67,7 @@ class Ablate(ReplicaInstrument):
 
 
 class Removal(NamedTuple):
-    """The edit x <- x - (w.x + b) u at every read, in the block chosen for it; u = w removes the direction w."""
+    """The edit x <- x - (w.x + b) u at every read, at the site chosen for it; u = w removes the direction w."""
 
     layer: Int[Array, " read"]
     w: Float[Array, "read d_model"]
@@ -98,9 +100,8 @@ def _best(probes: Probes) -> list[Removal]:
     return made
 
 
-def _measure(run: Run, params: Any, rows: Example, feature: str, removal: Removal) -> dict[str, Float[Array, ""]]:
+def _measure(run: Run, params: Any, rows: Example, feature: str, sites: tuple[str, ...], removal: Removal) -> dict[str, Float[Array, ""]]:
     """Scores of the network with an edit at every read of a feature."""
-    sites = run.model.probed_sites()["resid"]
 
     def one(tokens: Array, positions: Array) -> Array:
         return run.model.apply(params, tokens[:-1], edit=removal.edit(sites, positions))[0]

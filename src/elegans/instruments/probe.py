@@ -108,6 +108,15 @@ def features_of(run: Run, asked: tuple[str, ...]) -> tuple[str, ...]:
     return asked or tuple(n for n, t in truth.items() if t.kind == "binary")
 
 
+def sites_of(run: Run, families: tuple[str, ...]) -> tuple[str, ...]:
+    """The model's sites of some families. Raises `Invalid`."""
+    known = run.model.probed_sites()
+    for family in families:
+        if family not in known:
+            raise Invalid("families", family, f"allowed for {run.model.kind}: {', '.join(known)}")
+    return tuple(s for family in families for s in known[family])
+
+
 def reads_of(run: Run, feature: str) -> list[dict[str, Any]]:
     """Index and position of each read of a feature; the position is null where it differs between examples."""
     keys = jax.random.split(jax.random.key(0), 64)
@@ -134,19 +143,11 @@ class Probe(ReplicaInstrument):
     c: float = field(100.0, "inverse strength of the L2 penalty, as scikit-learn's C", gt=0)
     control: bool = field(True, "also fit to random labels")
 
-    def sites(self, run: Run) -> tuple[str, ...]:
-        """The sites to probe. Raises `Invalid`."""
-        known = run.model.probed_sites()
-        for family in self.families:
-            if family not in known:
-                raise Invalid("families", family, f"allowed for {run.model.kind}: {', '.join(known)}")
-        return tuple(s for family in self.families for s in known[family])
-
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
         keys = jax.random.split(key, 3)
         parts = ("validation", self.fit), ("test", self.test)
         rows = [draw_set(run.task, part, k, n, data) for (part, n), k in zip(parts, keys, strict=False)]
-        seen = [vectors(run, params, r, self.sites(run)) for r in rows]
+        seen = [vectors(run, params, r, sites_of(run, self.families)) for r in rows]
         names = features_of(run, self.features)
         train, test = (lambda name, i=i: reads(seen[i], rows[i], name) for i in (0, 1))
         return {name: self._feature(train(name), test(name), keys[2]) for name in names}
@@ -167,7 +168,7 @@ class Probe(ReplicaInstrument):
         return {name: jnp.where(count > 0, values, jnp.nan) for name, values in made.items()}
 
     def layouts(self, run: Run) -> dict[str, Layout]:
-        sites = [{"site": s, "family": s.partition(".")[0], "layer": int(s.partition(".")[2] or -1)} for s in self.sites(run)]
+        sites = [{"site": s, "family": s.partition(".")[0], "layer": int(s.partition(".")[2] or -1)} for s in sites_of(run, self.families)]
         names = features_of(run, self.features)
         return {name: Layout({"feature": name}, [sites, reads_of(run, name)]) for name in names}
 

@@ -312,7 +312,12 @@ class Transformer(Model):
         return site("resid", x)
 
     def probed_sites(self) -> dict[str, tuple[str, ...]]:
-        per_layer = {"resid": True, "attn_out": self.attention is not None, "mlp_out": self.mlp is not None}
+        per_layer = {
+            "resid": True,
+            "resid_mid": self.attention is not None,
+            "attn_out": self.attention is not None,
+            "mlp_out": self.mlp is not None,
+        }
         layers = {f: tuple(f"{f}.{i}" for i in range(self.layers)) for f, present in per_layer.items() if present}
         return {"embed": ("embed",), **layers}
 

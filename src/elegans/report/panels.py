@@ -114,7 +114,7 @@ def probe_panels(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]
     for feature in tables.ask(queries.FEATURES)["feature"].to_pylist():
         made = []
         for view in views(runs, by):
-            query = queries.probe_map(feature, queries.among(view.runs, len(runs.facts)))
+            query = queries.probe_map(feature, queries.among(view.runs, len(runs.facts)), tables.left_out)
             rows = tables.ask(query)
             if rows.num_rows:
                 made.append((view.label, query, probe_map(rows, feature, view.who)))

@@ -14,6 +14,7 @@ VERDICTS = {
     "no lead": "no lead",
     "undecided": "undecided: the interval leaves the order open",
 }
+KINDS = {"random": "removing random directions", "matched": "random steps of equal length"}
 MANY_GROUPS = {
     "leads": "comes before the loss",
     "lags": "comes after the loss",
@@ -92,16 +93,20 @@ def _signed(value: float) -> str:
 def _ablation_sentence(strip: Strip, among: Sequence[Strip]) -> str:
     """What removing a feature's direction does, beside removing random ones."""
     base = next((s for s in among if s.kind == "base"), None)
-    random = next((s for s in among if s.kind == "random" and (s.feature, s.method) == (strip.feature, strip.method)), None)
+    controls = [s for s in among if s.repeated and (s.feature, s.method) == (strip.feature, strip.method)]
     start = "" if base is None else f" from {base.mean:.2f}"
     bounds = "" if strip.low is None else f" [{strip.low:.2f}, {strip.high:.2f}]"
     n = plural(len(strip.each), "run")
     said = f"Removing the direction of {the(strip.feature)} takes exact match{start} to {strip.mean:.2f}{bounds} ({n})"
-    if random is None:
+    if not controls:
         return f"{said}; no random direction was removed for comparison."
-    low, high = draw_range(random)
-    use = "the network uses it" if strip.mean < low else "no more than random directions do"
-    return f"{said}; removing random directions takes it to {random.mean:.2f} (95 % of draws: {low:.2f} to {high:.2f}): {use}."
+    ranges = [draw_range(control) for control in controls]
+    compared = "; ".join(
+        f"{KINDS.get(c.kind, c.kind)} to {c.mean:.2f} (95 % of draws: {low:.2f} to {high:.2f})"
+        for c, (low, high) in zip(controls, ranges, strict=True)
+    )
+    use = "the network uses it" if strip.mean < min(low for low, _ in ranges) else "no more than chance directions do"
+    return f"{said}; {compared}: {use}."
 
 
 # ---- key numbers

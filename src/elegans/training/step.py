@@ -67,7 +67,7 @@ def scores(logits: Float[Array, "batch position vocab"], example: Example) -> tu
 
 def logits_of(
     run: Run, params: Any, tokens: Int[Array, "batch position"], key: jax.Array | None = None
-) -> Float[Array, "batch position vocab"]:
+) -> Float[Array, "batch position-1 vocab"]:
     """Logits before every token but the first. The batch is the axis named "batch"."""
 
     def one(tokens: Array, row: Array) -> Array:
