@@ -163,12 +163,8 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
         "label": [],  # a note: see below
     },
 }
-PAIRS = [
-    pytest.param(*pair, id=f"{cls.kind}.{name}-{i}")
-    for cls, by in CASES.items()
-    for name, pairs in by.items()
-    for i, pair in enumerate(pairs)
-]
+LISTED = [(f"{cls.kind}.{name}", pair) for cls, by in CASES.items() for name, pairs in by.items() for pair in pairs]
+PAIRS = [pytest.param(*pair, id=name) for name, pair in LISTED]
 
 
 # ---- every field is listed

@@ -104,7 +104,7 @@ def test_many_names_end_in_others():
 def test_a_group_names_its_runs_by_their_fields(runs):
     members = runs.members("lr=0.003")
     assert len(members) == 4 and all(runs.facts[run].fields["optim.lr"] == 0.003 for run in members)
-    assert len(runs.members("all")) == 12 and runs.members("lr=7") == []
+    assert len(runs.members("all runs")) == 12 and runs.members("lr=7") == []
 
 
 # ---- curves
@@ -272,3 +272,13 @@ def test_paper_figures_come_as_png_and_pdf(papers):
 def test_the_same_store_gives_the_same_paper_figures(store, papers, tmp_path):
     again = save_paper_figures(store, tmp_path)
     assert [p.read_bytes() for p in again] == [p.read_bytes() for p in papers]
+
+
+def test_controls_that_were_not_measured_leave_their_panels_empty(tmp_path):
+    made = synthetic.make(tmp_path, synthetic.small(), tables=("metrics",))
+    rows = synthetic._probe([synthetic._truth(0, synthetic.small()[0], 12)], 4).drop_columns(["control", "untrained"])
+    made.add_rows("probe", "c0ffee000000", rows)
+    tables = Tables(made)
+    panels = dict(probe_maps(tables.ask(queries.probe_map("carry", "true", tables.left_out))).panels)
+    tables.close()
+    assert np.isnan(panels["random labels"]).all() and not np.isnan(panels["untrained"]).any()  # step 0 stands in

@@ -10,6 +10,7 @@ import pytest
 import synthetic
 from elegans import report
 from elegans.figures import Catalogue, Lead, Strip
+from elegans.figures.style import precise
 from elegans.files import write_json
 from elegans.report import words
 from elegans.store import Store
@@ -160,7 +161,12 @@ def test_a_table_without_the_needed_columns_is_named(tmp_path):
 
 def lead(mean, low, high, verdict, **change) -> Lead:
     return Lead(
-        **({"group": "all", "feature": "carry", "runs": 8, "of": 12} | change), mean=mean, low=low, high=high, verdict=verdict, each=NONE
+        **({"group": "all runs", "feature": "carry", "runs": 8, "of": 12} | change),
+        mean=mean,
+        low=low,
+        high=high,
+        verdict=verdict,
+        each=NONE,
     )
 
 
@@ -218,3 +224,7 @@ def test_a_thousand_runs_stay_usable(tmp_path):
     page = path.read_text(encoding="utf-8")
     assert "1000 runs are too many for single curves" in page and "1,000" in text(page)
     assert page.count("<tr><td>") > 1000
+
+
+def test_a_small_loss_is_not_shown_as_zero():
+    assert [precise(v) for v in (0.0, 0.5671, 0.00012, 0.001)] == ["0", "0.5671", "1.2e-04", "0.0010"]

@@ -1,6 +1,7 @@
 """The transformer against a second implementation of its own, in float64 NumPy, written from the docstrings alone."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -28,6 +29,12 @@ def some_params(model: Transformer, seed: int = 0):
     params = model.init(jax.random.key(seed), VOCAB, POSITIONS)
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda w: jnp.asarray(np.asarray(w) + 0.3 * rng.standard_normal(w.shape).astype(np.float32)), params)
+
+
+@functools.cache
+def forward(model: Transformer):
+    """The compiled forward pass: params, tokens -> logits, trace."""
+    return jax.jit(lambda params, tokens: model.apply(params, tokens))
 
 
 # ---- the oracle: plain float64 NumPy
@@ -108,7 +115,7 @@ def test_a_forward_pass_is_what_the_docstrings_say(name) -> None:
     params = some_params(model)
     expected = oracle(model, params, ROW)
     assert np.abs(expected).max() > 0.5
-    assert np.abs(np.asarray(model.apply(params, TOKENS)[0]) - expected).max() < 1e-5
+    assert np.abs(np.asarray(forward(model)(params, TOKENS)[0]) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -121,7 +128,7 @@ def test_gradients_are_the_slopes_of_the_oracle(name) -> None:
         logits = model.apply(p, TOKENS)[0][:-1]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[1:, None], 1).mean()
 
-    grads, treedef = jax.tree.flatten(jax.grad(loss)(params))
+    grads, treedef = jax.tree.flatten(jax.jit(jax.grad(loss))(params))
     values = [np.asarray(w, np.float64) for w in jax.tree.leaves(params)]
     rng, step = np.random.default_rng(1), 1e-5
     for i, grad in enumerate(grads):
@@ -152,12 +159,11 @@ def test_rotary_scores_depend_on_distances_alone() -> None:
 def test_later_tokens_never_reach_earlier_logits(name) -> None:
     model = MODELS[name]
     params = some_params(model)
-    apply = jax.jit(lambda tokens: model.apply(params, tokens)[0])
-    logits = np.asarray(apply(TOKENS))
+    logits = np.asarray(forward(model)(params, TOKENS)[0])
     for i in range(1, POSITIONS):
         other = ROW.copy()
         other[i] = (other[i] + 1) % VOCAB
-        changed = np.asarray(apply(jnp.asarray(other)))
+        changed = np.asarray(forward(model)(params, jnp.asarray(other))[0])
         assert changed[:i].tobytes() == logits[:i].tobytes()
         assert not np.array_equal(changed[i], logits[i])
 
@@ -182,7 +188,7 @@ def test_the_trace_holds_every_site_in_the_documented_order_and_shape(name, mlp_
         order.append(site)
         return x
 
-    trace = model.apply(some_params(model), TOKENS, edit=see)[1]
+    trace = jax.eval_shape(lambda params: model.apply(params, TOKENS, edit=see)[1], some_params(model))
     expected = expected_sites(model, mlp_width)
     if model.norm is None:
         assert {s: trace.sites[s].shape for s in trace.sites}.items() <= expected.items()
@@ -192,14 +198,14 @@ def test_the_trace_holds_every_site_in_the_documented_order_and_shape(name, mlp_
 
 
 def test_patterns_are_causal_and_sum_to_one() -> None:
-    trace = LLAMA.apply(some_params(LLAMA), TOKENS)[1]
+    trace = forward(LLAMA)(some_params(LLAMA), TOKENS)[1]
     pattern = np.asarray(trace["pattern.1"])
     assert np.abs(pattern.sum(-1) - 1).max() < 1e-6
     assert (pattern[:, ~np.tri(POSITIONS, dtype=bool)] == 0).all()
 
 
 def test_the_residual_stream_is_the_sum_of_what_was_written() -> None:
-    trace = LLAMA.apply(some_params(LLAMA), TOKENS)[1]
+    trace = forward(LLAMA)(some_params(LLAMA), TOKENS)[1]
     written = sum(np.asarray(trace[s], np.float64) for s in ("embed", "attn_out.0", "mlp_out.0", "attn_out.1", "mlp_out.1"))
     assert np.abs(written - np.asarray(trace["resid.1"])).max() < 1e-5
 
@@ -208,9 +214,9 @@ def test_the_residual_stream_is_the_sum_of_what_was_written() -> None:
 def test_an_edit_that_changes_nothing_gives_the_same_bits(name) -> None:
     model = MODELS[name]
     params = some_params(model)
-    plain, seen = model.apply(params, TOKENS)
-    edited, _ = model.apply(params, TOKENS, edit=no_edit)
-    replaced, _ = model.apply(params, TOKENS, edit=lambda site, x: jnp.asarray(seen[site]))
+    plain, seen = forward(model)(params, TOKENS)
+    edited = jax.jit(lambda p: model.apply(p, TOKENS, edit=no_edit)[0])(params)
+    replaced = jax.jit(lambda p, seen: model.apply(p, TOKENS, edit=lambda site, x: seen[site])[0])(params, seen)
     assert np.asarray(edited).tobytes() == np.asarray(plain).tobytes()
     assert np.asarray(replaced).tobytes() == np.asarray(plain).tobytes()
 
@@ -219,17 +225,19 @@ def test_an_edit_that_changes_nothing_gives_the_same_bits(name) -> None:
 def test_an_edit_anywhere_reaches_the_logits(name) -> None:
     model = MODELS[name]
     params = some_params(model)
-    plain, trace = model.apply(params, TOKENS)
+    plain, trace = forward(model)(params, TOKENS)
     rng = np.random.default_rng(2)
+    none = {site: jnp.zeros_like(value) for site, value in trace.sites.items()}
+    noisy = jax.jit(lambda noise: model.apply(params, TOKENS, edit=lambda site, x: x + noise[site]))
     for chosen, value in trace.sites.items():
         noise = jnp.asarray(rng.standard_normal(value.shape), jnp.float32)
-        edited, after = model.apply(params, TOKENS, edit=lambda site, x, c=chosen, n=noise: x + n if site == c else x)
+        edited, after = noisy({**none, chosen: noise})
         assert np.abs(np.asarray(edited - plain)).max() > 1e-3, chosen
         assert np.allclose(after[chosen] - value, noise, atol=1e-4), chosen  # the trace shows what was put there
 
 
 def test_probed_sites_are_sites_of_one_vector_for_each_position() -> None:
-    trace = LLAMA.apply(some_params(LLAMA), TOKENS)[1]
+    trace = forward(LLAMA)(some_params(LLAMA), TOKENS)[1]
     families = LLAMA.probed_sites()
     assert families["resid"] == ("resid.0", "resid.1") and families["embed"] == ("embed",)
     assert all(trace[site].shape == (POSITIONS, LLAMA.d_model) for sites in families.values() for site in sites)
@@ -241,18 +249,18 @@ def test_probed_sites_are_sites_of_one_vector_for_each_position() -> None:
 
 def test_without_attention_positions_do_not_talk_and_without_both_the_model_is_a_bigram_table() -> None:
     deaf = dataclasses.replace(LLAMA, attention=None)
-    logits = np.asarray(deaf.apply(some_params(deaf), TOKENS)[0])
+    logits = np.asarray(forward(deaf)(some_params(deaf), TOKENS)[0])
     assert np.array_equal(logits[2], logits[3])  # the same token twice
     table = Transformer(layers=1, d_model=8, heads=1, attention=None, mlp=None, norm=None)
     params = some_params(table)
     expected = np.asarray(params["embed"]["W_E"])[ROW] @ np.asarray(params["unembed"]["W_U"])
-    assert np.abs(np.asarray(table.apply(params, TOKENS)[0]) - expected).max() < 1e-5
+    assert np.abs(np.asarray(forward(table)(params, TOKENS)[0]) - expected).max() < 1e-5
 
 
 def test_bfloat16_is_close_to_float32_and_not_the_same() -> None:
     params = some_params(LLAMA)
-    exact = np.asarray(LLAMA.apply(params, TOKENS)[0])
-    rough = np.asarray(dataclasses.replace(LLAMA, dtype="bfloat16").apply(params, TOKENS)[0])
+    exact = np.asarray(forward(LLAMA)(params, TOKENS)[0])
+    rough = np.asarray(forward(dataclasses.replace(LLAMA, dtype="bfloat16"))(params, TOKENS)[0])
     assert rough.dtype == np.float32
     assert 1e-4 < np.abs(rough - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -261,17 +269,17 @@ def test_large_vocabularies_embed_by_lookup_with_the_same_result() -> None:
     model = Transformer(layers=1, d_model=8, heads=2)
     params = model.init(jax.random.key(0), 600, POSITIONS)
     rows = jnp.array([599, 3, 512])
-    assert np.array_equal(model.apply(params, rows)[1]["embed"], params["embed"]["W_E"][rows])
+    assert np.array_equal(forward(model)(params, rows)[1]["embed"], params["embed"]["W_E"][rows])
 
 
 def test_dropout_needs_a_key_and_keeps_the_mean() -> None:
     model = dataclasses.replace(LLAMA, dropout=0.25)
     params = some_params(model)
-    plain = np.asarray(LLAMA.apply(params, TOKENS)[0])
-    assert np.array_equal(model.apply(params, TOKENS)[0], plain)
-    assert np.array_equal(LLAMA.apply(params, TOKENS, key=jax.random.key(0))[0], plain)
-    draws = jax.vmap(lambda key: model.apply(params, TOKENS, key=key)[1]["embed"])(jax.random.split(jax.random.key(1), 4000))
-    embed = np.asarray(LLAMA.apply(params, TOKENS)[1]["embed"])
+    plain, trace = forward(LLAMA)(params, TOKENS)
+    assert np.array_equal(forward(model)(params, TOKENS)[0], plain)
+    assert np.array_equal(jax.jit(lambda key: LLAMA.apply(params, TOKENS, key=key)[0])(jax.random.key(0)), plain)
+    draw = jax.jit(jax.vmap(lambda key: model.apply(params, TOKENS, key=key)[1]["embed"]))
+    draws, embed = draw(jax.random.split(jax.random.key(1), 4000)), np.asarray(trace["embed"])
     dropped = np.asarray(draws) == 0
     assert abs(dropped.mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / dropped.size)
     error = np.abs(embed) * math.sqrt(0.25 / 0.75 / 4000)  # standard error of a mean of scaled coins
@@ -282,10 +290,13 @@ def test_dropout_draws_anew_for_every_key_layer_and_use() -> None:
     model = Transformer(layers=2, d_model=64, heads=1, dropout=0.5, norm=None, position=None)
     params = some_params(model)
 
+    def ones(site: str, x: jax.Array) -> jax.Array:
+        return jnp.ones_like(x) if site.startswith(("attn_out", "mlp_out")) else x
+
+    run = jax.jit(lambda key: model.apply(params, TOKENS, edit=ones, key=key)[1])
+
     def masks(seed: int) -> list[np.ndarray]:
-        ones = {f"{part}.{i}": None for i in range(2) for part in ("attn_out", "mlp_out")}
-        edit = lambda site, x: jnp.ones_like(x) if site in ones else x  # noqa: E731
-        trace = model.apply(params, TOKENS, edit=edit, key=jax.random.key(seed))[1]
+        trace = run(jax.random.key(seed))
         stream = [np.asarray(trace[s]) for s in ("embed", "resid_mid.0", "resid.0", "resid_mid.1", "resid.1")]
         return [stream[0] != 0] + [after - before > 1 for before, after in itertools.pairwise(stream)]
 

@@ -94,7 +94,7 @@ def test_adamw_is_its_formula(name) -> None:
 def test_decay_spares_what_is_no_matrix() -> None:
     p = np.ones(29)
     optim = AdamW(lr=0.1, weight_decay=0.5, decay="matrices")
-    made = optim.update(tree_of(0 * p), optim.init(jnp.ones(29), tree_of(p)), jnp.ones(29), jnp.int32(0), STEPS)
+    made = jax.jit(optim.update)(tree_of(0 * p), optim.init(jnp.ones(29), tree_of(p)), jnp.ones(29), jnp.int32(0), STEPS)
     assert np.allclose(made.params, np.where(IN_MATRIX, 1 - 0.05, 1))
 
 

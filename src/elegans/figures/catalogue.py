@@ -197,7 +197,7 @@ def shown(value: Any) -> str:
 
 def _has(fields: dict[str, Any], path: str, text: str) -> bool:
     values = [v for name, v in fields.items() if name == path or name.endswith("." + path)]
-    return any(text in (str(v), shown(v)) for v in values) or (not values and text == "none")
+    return any(text in (str(v), shown(v)) for v in values) or (not values and text in ("none", "None"))
 
 
 def _by_size(title: str, values: dict[str, Any], present: Sequence[float]) -> Grouping:

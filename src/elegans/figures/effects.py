@@ -19,7 +19,7 @@ GOLDEN = 0.618033988749895  # its multiples spread evenly: a jitter without chan
 CONTROLS = {
     "random": "random direction removed",
     "matched": "random step of equal length",
-    "labels": "random labels' direction removed",
+    "labels": "direction of random labels",
 }
 EFFECTS = {"exact_match": "exact match", "loss": "validation loss (nats per scored token)"}
 
@@ -53,7 +53,7 @@ class Lead:
 
     @property
     def name(self) -> str:
-        return self.feature if self.group in ("", "all") else f"{self.feature}, {self.group}"
+        return f"{self.feature}, {self.group}" if "=" in self.group else self.feature
 
 
 def leads(rows: pa.Table, each: pa.Table, catalogue: Catalogue) -> list[Lead]:
@@ -134,7 +134,7 @@ def interval_text(lead: Lead) -> str:
 def _lead_caption(found: list[Lead], shown: int) -> str:
     cut = f" The first {shown} of {len(found)} rows are drawn." if shown < len(found) else ""
     return (
-        "How long before the loss falls half-way from plateau to floor the probe is half-way from its untrained level to its ceiling, "
+        "How long before the loss falls half-way from plateau to floor the probe is half-way from its untrained level to its end, "
         "in decades of optimiser steps (0.3 is a factor of two); right of zero, the feature came first. Dots: runs that reached both. "
         f"Diamonds: means, with their 95 % interval over runs. n: runs that reached both, of all in the group; others are left out.{cut}"
     )

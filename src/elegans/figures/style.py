@@ -85,6 +85,11 @@ def text(value: object, longest: int = 60) -> str:
     return html.escape(words if len(words) <= longest else words[: longest - 1] + "…")
 
 
+def precise(value: float) -> str:
+    """Four decimals; a smaller number in powers of ten, since 0.0000 would say that it is 0."""
+    return "0" if value == 0 else f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
 def compact(step: float) -> str:
     """A step as a short label: 0, 100, 20k, 3M."""
     for size, unit in ((1e6, "M"), (1e3, "k")):

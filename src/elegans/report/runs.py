@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from elegans.figures import style
 from elegans.figures.catalogue import SEEDS, Catalogue, shown
 from elegans.store import Store
 
@@ -73,7 +74,7 @@ def _cell(name: str, value: Any) -> tuple[str, float | str | None]:
     if isinstance(value, int):
         return (str(value) if name in SEEDS else f"{value:,}"), value
     if isinstance(value, float):
-        return (f"{value:.4f}" if name in MEASURED else shown(value)), value
+        return (style.precise(value) if name in MEASURED else shown(value)), value
     return str(value), str(value)
 
 

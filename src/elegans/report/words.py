@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from elegans.figures import style
 from elegans.figures.catalogue import LEARNED, Catalogue, Facts
 from elegans.figures.effects import Lead, Strip, draw_range, plural
 
@@ -14,12 +15,12 @@ VERDICTS = {
     "no lead": "no lead",
     "undecided": "undecided: the interval leaves the order open",
 }
-KINDS = {"random": "removing random directions", "matched": "random steps of equal length"}
+KINDS = {"random": "removing random directions leaves", "matched": "random steps of equal length leave"}
 MANY_GROUPS = {
-    "leads": "comes before the loss",
-    "lags": "comes after the loss",
-    "no lead": "shows no lead",
-    "undecided": "is undecided",
+    "leads": "{} comes before the loss",
+    "lags": "{} comes after the loss",
+    "no lead": "{} shows no lead over the loss",
+    "undecided": "whether {} comes first is undecided",
 }
 
 
@@ -50,19 +51,20 @@ def _lead_sentence(feature: str, groups: list[Lead]) -> str:
     if len(groups) == 1:
         return _one_group(groups[0])
     runs, of = sum(g.runs for g in groups), sum(g.of for g in groups)
-    parts = []
+    parts: list[str] = []
     for verdict in dict.fromkeys([*MANY_GROUPS, *(g.verdict for g in groups)]):
         chosen = [g for g in groups if g.verdict == verdict]
         if chosen:
             named = "; ".join(f"{g.group}: {_interval(g)}" for g in chosen[:MOST_GROUPS])
             more = f"; and {len(chosen) - MOST_GROUPS} more" if len(chosen) > MOST_GROUPS else ""
-            parts.append(f"{MANY_GROUPS.get(verdict, verdict)} in {len(chosen)} of {len(groups)} groups ({named}{more})")
-    said = " and ".join(parts) if len(parts) < 3 else ", ".join(parts)
-    return f"{the(feature).capitalize()} {said}, in decades of steps; {runs} of {plural(of, 'run')} reached both."
+            clause = MANY_GROUPS.get(verdict, verdict).format("it" if parts else the(feature))
+            parts.append(f"{clause} in {len(chosen)} of {len(groups)} groups ({named}{more})")
+    said = "; ".join(parts)
+    return f"{said[0].upper()}{said[1:]}. Leads in decades of steps; {runs} of {plural(of, 'run')} reached both."
 
 
 def _one_group(lead: Lead) -> str:
-    where = "" if lead.group in ("", "all") else f" with {lead.group}"
+    where = f" with {lead.group}" if "=" in lead.group else ""
     if lead.mean is None or lead.runs == 0:
         return f"No run{where} reached both the step of {the(lead.feature)} and that of the loss: their order is undecided."
     side, sign = ("before", 1) if lead.mean >= 0 else ("after", -1)
@@ -102,7 +104,7 @@ def _ablation_sentence(strip: Strip, among: Sequence[Strip]) -> str:
         return f"{said}; no random direction was removed for comparison."
     ranges = [draw_range(control) for control in controls]
     compared = "; ".join(
-        f"{KINDS.get(c.kind, c.kind)} to {c.mean:.2f} (95 % of draws: {low:.2f} to {high:.2f})"
+        f"{KINDS.get(c.kind, c.kind)} {c.mean:.2f} (95 % of draws: {low:.2f} to {high:.2f})"
         for c, (low, high) in zip(controls, ranges, strict=True)
     )
     use = "the network uses it" if strip.mean < min(low for low, _ in ranges) else "no more than chance directions do"
@@ -122,7 +124,8 @@ def key_numbers(runs: Catalogue) -> list[tuple[str, str, str]]:
         (f"{len(runs.learned):,} of {runs.told:,}" if runs.told else "not measured", "learned", "last validation loss past half-way")
     )
     best = min((f for f in facts if f.loss is not None), key=lambda f: (f.loss, f.id), default=None)
-    numbers.append(("not measured" if best is None else f"{best.loss:.4f}", "best validation loss", _bounds(best)))
+    value = "not measured" if best is None or best.loss is None else style.precise(best.loss)
+    numbers.append((value, "best validation loss", _bounds(best)))
     test = best and best.test_exact_match
     numbers.append(("not measured" if test is None else f"{test:.3f}", "its test exact match", f"run {best.id}" if best else ""))
     sizes = [f.row["parameters"] for f in facts if f.row["parameters"] is not None]
