@@ -95,6 +95,15 @@ class Decoder(nn.Module):
         return F.cross_entropy(logits.reshape(-1, VOCAB), rows[:, 2 * length + 1 :].reshape(-1))
 
 
+def metrics(model: Decoder, rows: Tensor) -> dict[str, Tensor]:
+    """What elegans records of every batch: loss, accuracy per scored token, share of rows that are right throughout."""
+    length = (rows.shape[1] - 4) // 3
+    logits, answers = model(rows[:, :-1], 2 * length), rows[:, 2 * length + 1 :]
+    right = logits.argmax(-1) == answers
+    loss = F.cross_entropy(logits.reshape(-1, VOCAB), answers.reshape(-1))
+    return {"loss": loss, "accuracy": right.float().mean(), "exact_match": right.all(1).float().mean()}
+
+
 def load(model: Decoder, params: Any) -> None:
     """Copy the tree of weights of an elegans Transformer into the module."""
 

@@ -12,7 +12,7 @@ import pytest
 from elegans import AdamW, Addition, Attention, Cosine, Invalid, Run, Transformer, field, grid, replace, spec
 from elegans.training.cohort import CHUNK, Programs, group, resolve, stack
 from elegans.training.planner import plan
-from elegans.training.step import draw_batch, draw_data, start
+from elegans.training.step import draw_batch, draw_data
 from helpers import as_arrays
 
 STEPS = 20
@@ -133,7 +133,7 @@ def test_training_twice_gives_the_same_bits(plain) -> None:
 
 def test_a_run_draws_the_same_data_alone_and_in_a_cohort() -> None:
     runs = six()
-    programs = Programs(runs, jax.devices()[0])
+    programs = programs_for(runs)
     together = jax.jit(jax.vmap(draw_batch, (0, None, None)))
     alone = jax.jit(draw_batch)
     for step in (0, 1, 13):
@@ -144,11 +144,9 @@ def test_a_run_draws_the_same_data_alone_and_in_a_cohort() -> None:
 
 
 def test_a_run_starts_from_the_same_weights_alone_and_in_a_cohort() -> None:
-    runs = six()
-    states = Programs(runs, jax.devices()[0]).start()
-    alone = jax.jit(lambda run: start(run).params)
-    for i, run in enumerate(runs):
-        assert same_bits(np.asarray(states.params[i]), np.asarray(alone(as_arrays(run))))
+    together = programs_for(six()).start().params
+    for i, run in enumerate(six()):
+        assert same_bits(np.asarray(together[i]), np.asarray(programs_for([run]).start().params[0]))
 
 
 def test_losses_of_runs_alone_and_in_a_cohort_agree_to_rounding(plain) -> None:
@@ -220,7 +218,7 @@ def test_a_finite_training_set_is_the_runs_own() -> None:
 
 
 def test_bfloat16_trains() -> None:
-    runs = [replace(tiny(seed=s, steps=CHUNK), "model.dtype", "bfloat16") for s in (0, 1)]
+    runs = [replace(tiny(seed=s, steps=CHUNK), "model.dtype", "bfloat16") for s in range(6)]
     _, diverged, metrics = train(runs, (CHUNK,))
     loss = metrics["loss"]
     assert (diverged == -1).all()
@@ -249,11 +247,11 @@ class Branching(Attention):
 
 def test_a_users_new_float_can_be_swept_inside_a_cohort() -> None:
     run = replace(tiny(), "model.attention", Gained())
-    runs = grid(run, {"model.attention.gain": [0.0, 1.0, 2.0]})
+    runs = grid(run, {"model.attention.gain": [0.0, 0.5, 1.0, 2.0, 3.0, 4.0]})
     assert len(group(runs)) == 1
     assert len(plan(runs, MEMORY)) == 1
     first = train(runs, (1,))[2]["loss"][0]
-    assert len(set(first.tolist())) == 3
+    assert len(set(first.tolist())) == 6
 
 
 def test_branching_on_a_leaf_is_an_error_that_names_the_field() -> None:

@@ -14,11 +14,14 @@ from elegans.randomness import shuffled_index
 from elegans.tasks.sampling import prepare
 from elegans.training.cohort import evaluate, resolve
 from elegans.training.optimisers import ravel
-from elegans.training.step import advance, draw_batch, draw_data, initial, scores, start
+from elegans.training.step import advance, draw_batch, draw_data, params_of, scores, start
 from elegans.types import Example
 from helpers import as_arrays
 
 MODEL = Transformer(layers=1, d_model=8, heads=2)
+
+
+begin = jax.jit(start)
 
 
 # ---- scores
@@ -66,9 +69,11 @@ def test_an_evaluation_in_blocks_is_the_same_as_by_hand(batch) -> None:
     """Twelve rows in blocks of 4 (even), 5 (padded) and 64 (one)."""
     _, tokens, scored = random_scores(9, vocab=5)
     run = as_arrays(Run(Parity(length=8), MODEL, batch=batch, steps=1))
-    params = jax.jit(initial)(run)
-    made = jax.jit(evaluate)(run, ravel(params), Example(jnp.asarray(tokens), jnp.asarray(scored)))
-    logits = np.asarray(jax.jit(jax.vmap(lambda row: run.model.apply(params, row[:-1])[0]))(jnp.asarray(tokens)), np.float64)
+    vector = begin(run).params
+    made = jax.jit(evaluate)(run, vector, Example(jnp.asarray(tokens), jnp.asarray(scored)))
+    logits = np.asarray(
+        jax.jit(jax.vmap(lambda row: run.model.apply(params_of(run, vector), row[:-1])[0]))(jnp.asarray(tokens)), np.float64
+    )
     expected = by_hand(logits, tokens, scored)
     assert all(math.isclose(getattr(made, name), value, rel_tol=1e-4, abs_tol=1e-7) for name, value in expected.items())
     for place in range(1, tokens.shape[1]):
@@ -80,7 +85,7 @@ def test_an_evaluation_in_blocks_is_the_same_as_by_hand(batch) -> None:
 def test_a_position_that_is_never_scored_has_no_loss_rather_than_zero() -> None:
     run = as_arrays(Run(Addition(length=3), MODEL, batch=4, steps=1))
     rows = jax.jit(jax.vmap(lambda key: run.task.sample(key, ())))(jax.random.split(jax.random.key(0), 4))
-    made = jax.jit(evaluate)(run, ravel(jax.jit(initial)(run)), rows)
+    made = jax.jit(evaluate)(run, begin(run).params, rows)
     assert np.isnan(made.position_loss[:6]).all() and np.isfinite(made.position_loss[6:]).all()  # `=` is token 7
 
 
@@ -90,7 +95,7 @@ def test_a_position_that_is_never_scored_has_no_loss_rather_than_zero() -> None:
 def test_a_step_is_forward_backward_update_and_no_more() -> None:
     """The new weights are those of the optimiser on the gradient of the mean loss over scored tokens."""
     run = as_arrays(Run(Addition(length=3), MODEL, AdamW(lr=1e-2), batch=4, steps=5))
-    data, state = draw_data(run, prepare(run.task)), jax.jit(start)(run)
+    data, state = draw_data(run, prepare(run.task)), begin(run)
     batch = jax.jit(draw_batch)(run, jnp.int32(2), data)
     new, metrics = jax.jit(advance)(run, state, jnp.int32(2), data)
 
@@ -99,7 +104,7 @@ def test_a_step_is_forward_backward_update_and_no_more() -> None:
         nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.tokens[:, 1:, None], 2)[..., 0]
         return jnp.where(batch.scored[:, 1:], nats, 0).sum() / batch.scored[:, 1:].sum()
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(jax.jit(initial)(run))
+    value, grads = jax.jit(jax.value_and_grad(loss))(params_of(run, state.params))
     made = jax.jit(run.optim.update)(grads, state.opt, state.params, jnp.int32(2), 5)
     assert math.isclose(metrics["loss"], value, rel_tol=1e-5)
     assert math.isclose(metrics["grad_norm"], np.linalg.norm(ravel(grads)), rel_tol=1e-4)
@@ -157,12 +162,12 @@ def test_a_finite_set_keeps_its_scores_and_belongs_to_the_data_seed() -> None:
 
 def test_seeds_of_data_and_of_weights_are_separate() -> None:
     run = Run(Addition(length=8), MODEL, batch=4, steps=3)
-    draw, begin = jax.jit(draw_batch), jax.jit(lambda run: start(run).params)
+    draw = jax.jit(draw_batch)
     data = draw_data(as_arrays(run), prepare(run.task))
 
     def of(**seeds: int) -> tuple[bytes, bytes]:
         other = as_arrays(dataclasses.replace(run, **seeds))
-        return np.asarray(draw(other, jnp.int32(0), data).tokens).tobytes(), np.asarray(begin(other)).tobytes()
+        return np.asarray(draw(other, jnp.int32(0), data).tokens).tobytes(), np.asarray(begin(other).params).tobytes()
 
     tokens, weights = of(seed=1)
     assert of(seed=2)[0] != tokens and of(seed=2)[1] != weights
@@ -244,6 +249,6 @@ def test_the_schedule_follows_the_length_of_the_run() -> None:
     short, long = (as_arrays(Run(Addition(length=3), MODEL, AdamW(schedule=WSD(decay=1.0)), batch=4, steps=s)) for s in (2, 100))
     data = draw_data(short, prepare(short.task))
     step = jax.jit(advance)
-    begin = jax.jit(start)(short)
-    moved = [np.abs(np.asarray(step(run, begin, jnp.int32(1), data)[0].params - begin.params)).max() for run in (short, long)]
+    state = begin(short)
+    moved = [np.abs(np.asarray(step(run, state, jnp.int32(1), data)[0].params - state.params)).max() for run in (short, long)]
     assert math.isclose(moved[0] / moved[1], 0.5 / 0.99, rel_tol=1e-3)

@@ -2,7 +2,7 @@
 
     elegans run carry
 
-12 transformers (2 layers, d_model 32) learn 6-bit addition at two learning rates, six seeds each; 1,200
+12 transformers (2 layers, d_model 32) learn 6-bit addition at two learning rates, six seeds each; 800
 steps. Linear probes read first_operand and carry at every block and read position at log-spaced steps;
 the carry's direction is ablated at the end; the lead is the distance, in decades of training steps,
 between the probe's rise and the fall of the loss.
@@ -24,8 +24,8 @@ run = Run(
     model=Transformer(layers=2, d_model=32, heads=4),
     optim=AdamW(lr=3e-3, schedule=Constant(warmup_steps=50)),
     batch=64,
-    steps=1200,
-    record=Record(evaluate=LogSpaced(per_decade=10), weights=LogSpaced(per_decade=6), examples=512),
+    steps=800,
+    record=Record(evaluate=LogSpaced(per_decade=10), weights=LogSpaced(per_decade=6), examples=256),
     label="lr={optim.lr} seed={seed}",
 )
 
@@ -33,5 +33,5 @@ study = Study(
     name="carry",
     question=__doc__.splitlines()[0],
     runs=grid(run, {"optim.lr": [3e-3, 1e-2], "seed": range(6)}),
-    instruments=(Probe(fit=1024, test=512), Ablate(fit=1024, test=256, draws=16, at="final"), Transition()),
+    instruments=(Probe(fit=512, test=512), Ablate(fit=512, test=256, draws=16, at="final"), Transition()),
 )
