@@ -123,20 +123,11 @@ def torch_run(job: Job) -> dict[str, Any]:
     return watch.result() | {"loss": last}
 
 
-def lightning_run(job: Job) -> dict[str, Any]:
-    """Mode c."""
-    import logging
-    import warnings
-
+def lightning_module(job: Job) -> Any:
+    """The peer as a LightningModule with automatic optimisation."""
     import lightning
     import torch
     import torch_model as peer
-    from lightning.pytorch.loggers import CSVLogger
-    from torch.utils.data import DataLoader
-
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_float32_matmul_precision("high")
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -152,6 +143,20 @@ def lightning_run(job: Job) -> dict[str, Any]:
         def configure_optimizers(self) -> Any:
             return peer.optimizer(self.model, fused=False)
 
+    return Module()
+
+
+def lightning_run(job: Job) -> dict[str, Any]:
+    """Mode c."""
+    import logging
+    import warnings
+
+    import lightning
+    import torch
+    import torch_model as peer
+    from lightning.pytorch.loggers import CSVLogger
+    from torch.utils.data import DataLoader
+
     class Clock(lightning.Callback):
         left = 1
 
@@ -163,15 +168,16 @@ def lightning_run(job: Job) -> dict[str, Any]:
                 watch.lap()
                 self.left, trainer.should_stop = watch.block, watch.done
 
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_float32_matmul_precision("high")
     watch, clock = Stopwatch(job.seconds), Clock()
     torch.manual_seed(0)
-    logger = CSVLogger(tempfile.mkdtemp())  # and its default: every 50 steps to disk
+    logger = CSVLogger(os.environ["TMPDIR"])  # and its default: every 50 steps to disk
     quiet = {"logger": logger, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    accelerator = "gpu" if job.device == "cuda" else "cpu"
-    trainer = lightning.Trainer(
-        max_steps=10**9, accelerator=accelerator, devices=1, gradient_clip_val=peer.CLIP, callbacks=[clock], **quiet
-    )
-    trainer.fit(Module(), DataLoader(peer.AdditionRows(LENGTH), batch_size=job.batch))
+    settings: dict[str, Any] = {"accelerator": "gpu" if job.device == "cuda" else "cpu", "devices": 1, "max_steps": 10**9, **quiet}
+    trainer = lightning.Trainer(gradient_clip_val=peer.CLIP, callbacks=[clock], **settings)
+    trainer.fit(lightning_module(job), DataLoader(peer.AdditionRows(LENGTH), batch_size=job.batch))
     return watch.result() | {"loss": clock.loss}
 
 
@@ -186,13 +192,11 @@ def pick_attention(job: Job) -> dict[str, Any]:
 
 def elegans_run(job: Job) -> dict[str, Any]:
     """Modes d and e, through the engine that every study uses."""
-    import jax
-
     import elegans as el
     from elegans.training.cohort import Programs
+    from elegans.training.device import choose
 
-    jax.config.update("jax_enable_compilation_cache", False)
-    device = jax.devices("cuda" if job.device == "cuda" else "cpu")[0]
+    device = choose("gpu" if job.device == "cuda" else "cpu")
     watch = Stopwatch(job.seconds)
     model = el.Transformer(layers=job.layers, d_model=job.d_model, heads=HEADS, dtype=job.dtype)
     run = el.Run(el.Addition(length=LENGTH), model, steps=10**6, batch=job.batch)
@@ -291,7 +295,13 @@ def spawn(job: Job) -> dict[str, Any]:
         if importlib.util.find_spec(package) is None:
             return {"error": f"not installed: {package}"}
     with tempfile.TemporaryDirectory() as cache:
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        env = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "TRITON_CACHE_DIR": cache,
+            "ELEGANS_CACHE": cache,
+            "TMPDIR": cache,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
         if job.device == "cpu" or job.mode == "check":
             env |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, __file__, "--worker", json.dumps(dataclasses.asdict(job))]
@@ -389,7 +399,7 @@ def table(rows: list[dict[str, Any]]) -> Any:
     return made
 
 
-def machine(job: Job) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """The machine and the versions of everything that was measured."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -397,13 +407,13 @@ def machine(job: Job) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     names = [n for n in ("elegans", "jax", "torch", "lightning") if importlib.util.find_spec(n)]
     versions = {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
-    return {"cpu": cpu, "cores": cores, "versions": versions} | spawn(dataclasses.replace(job, mode="survey"))
+    return {"cpu": cpu, "cores": cores, "versions": versions} | spawn(Job("survey", 1, 1, 1, 1, "float32", device, 0.0))
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", choices=PRESETS, help="cpu, or gpu: a device, a dtype and configurations")
+    p.add_argument("--preset", choices=("auto", *PRESETS), help="a device, a dtype and configurations; auto: gpu where there is one")
     p.add_argument("--configs", nargs="+", metavar="D,LAYERS,BATCH,REPLICAS", help="configurations, instead of the four options below")
     for name, default in (("--d-model", 64), ("--layers", 2), ("--batch", 16), ("--replicas", 8), ("--rounds", 3)):
         p.add_argument(name, type=int, default=default)
@@ -424,15 +434,17 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def bases(options: argparse.Namespace) -> list[Job]:
+def bases(options: argparse.Namespace, gpu: bool) -> list[Job]:
     """The configurations asked for."""
-    device, dtype, configs = PRESETS[options.preset] if options.preset else ("auto", "float32", [])
-    configs = options.configs or configs or [f"{options.d_model},{options.layers},{options.batch},{options.replicas}"]
+    name = ("gpu" if gpu else "cpu") if options.preset == "auto" else options.preset
+    device, dtype, configs = PRESETS[name] if name else ("auto", "float32", [])
     device, dtype = options.device or device, options.dtype or dtype
+    device = ("cuda" if gpu else "cpu") if device == "auto" else device
+    configs = options.configs or configs or [f"{options.d_model},{options.layers},{options.batch},{options.replicas}"]
     made = []
     for config in configs:
         d, layers, batch, replicas = (int(part) for part in config.split(","))
-        made.append(Job("survey", d, layers, batch, replicas, dtype, device, options.seconds, options.attention, options.compile_mode))
+        made.append(Job("", d, layers, batch, replicas, dtype, device, options.seconds, options.attention, options.compile_mode))
     return made
 
 
@@ -446,9 +458,8 @@ def verify(jobs: list[Job]) -> list[dict[str, Any]]:
             print(f"Not checked whether the models are the same ({size}): {result['error']}")
         else:
             verdict = "same model" if result["same"] else "NOT THE SAME MODEL"
-            print(
-                f"{verdict} ({size}): logits differ by {result['logits']:.1e}, losses of 5 steps by {result['losses']:.1e}; allowed {TOLERANCE:g}"
-            )
+            differences = f"logits differ by {result['logits']:.1e}, losses of 5 steps by {result['losses']:.1e}"
+            print(f"{verdict} ({size}): {differences}; allowed {TOLERANCE:g}")
         if not result.get("same", True):
             sys.exit(1)
         found.append({"size": size, **result})
@@ -461,6 +472,7 @@ def run_config(base: Job, options: argparse.Namespace, note: Callable[[str], Non
     attention = base.attention
     if attention == "auto":
         note("timing PyTorch's attention")
+        settle(options.patience)
         picked = spawn(dataclasses.replace(base, mode="attention", seconds=min(1.0, base.seconds)))
         attention, result["attention_steps_s"] = picked.get("attention", "sdpa"), picked.get("steps_s")
     jobs = {}
@@ -482,28 +494,23 @@ def main() -> None:
         job = Job(**json.loads(options.worker))
         print(json.dumps(WORK[job.mode](job)))
         return
-    configs = bases(options)
+    found = machine(options.device or "auto")
+    configs = bases(options, bool(found.get("gpu")))
     if options.check:
         verify(configs)
         return
-    console, errors = Console(width=160), Console(stderr=True)
-    report: dict[str, Any] = {
-        "check": verify([dataclasses.replace(configs[0], d_model=16, layers=2, batch=4)]),
-        "machine": machine(configs[0]),
-    }
-    gpu = report["machine"].get("gpu")
-    configs = [dataclasses.replace(c, device=("cuda" if gpu else "cpu") if c.device == "auto" else c.device) for c in configs]
-    print(f"{report['machine']['cpu']}, {report['machine']['cores']} cores; GPU: {gpu}; {report['machine']['versions']}")
+    report: dict[str, Any] = {"machine": found, "check": verify([dataclasses.replace(configs[0], d_model=16, layers=2, batch=4)])}
+    print(f"{found['cpu']}, {found['cores']} cores; GPU: {found.get('gpu')}; {found['versions']}")
     report["configs"] = []
+    console, errors = Console(width=160), Console(stderr=True)
     for base in configs:
         with errors.status("") as status:
-            report["configs"].append(run_config(base, options, status.update))
-        found = report["configs"][-1]
-        print(
-            f"\nd_model {base.d_model}, {base.layers} layers, batch {base.batch}, {base.device}, PyTorch's attention: {found['attention']}"
-        )
-        console.print(table(found["rows"]))
-        foreign = max((r.get("foreign", 0) for row in found["rows"] for r in row["rounds"]), default=0)
+            result = run_config(base, options, status.update)
+        report["configs"].append(result)
+        sizes = f"d_model {base.d_model}, {base.layers} layers, batch {base.batch}"
+        print(f"\n{sizes}, {base.device}, PyTorch's attention: {result['attention']}")
+        console.print(table(result["rows"]))
+        foreign = max((r.get("foreign", 0) for row in result["rows"] for r in row["rounds"]), default=0)
         if foreign > FOREIGN:
             print(f"Do not trust these: other processes used up to {foreign:.1f} CPU cores meanwhile")
         if options.json:

@@ -13,5 +13,6 @@ jaxtyping.install_import_hook("elegans", "typechecking.check").__enter__()
 
 import jax  # noqa: E402
 
+jax.config.update("jax_num_cpu_devices", 2)  # as elegans does: a device for every core
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -128,7 +128,8 @@ def prepare(
     present = {line["run"] for c in kept for line in c.lines()}
     missing = [run for run in runs if run.id not in present]
     measured = (lambda members: Programs(members, chosen).bytes()) if compile_to_measure else None
-    new = plan(missing, budget, measured) if missing else []
+    devices = len(jax.devices("cpu")) if chosen.platform == "cpu" else 1
+    new = plan(missing, budget, measured, devices) if missing else []
     return Work(runs, chosen, budget, kept, new, discarded)
 
 
@@ -173,7 +174,7 @@ def _train(cohort: Cohort, planned: CohortPlan, device: jax.Device, listener: Li
     states = None
     if arrays is not None:
         size = next(s.size for s in planned.segments if step <= s.stop)
-        like = jax.eval_shape(Programs(planned.runs[:size], device).start)
+        like = jax.eval_shape(Programs(planned.runs[:size], device, planned.devices).start)
         states = arrays_to_state(cohort.first(), arrays, like)
         writer.close(states.diverged)
     listener("cohort", (cohort, planned, step))

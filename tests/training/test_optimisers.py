@@ -135,7 +135,7 @@ def test_schedules_are_their_formulas(shape, warmup) -> None:
     schedule = dataclasses.replace(SHAPED[shape], **WARMUPS[warmup])
     factors = jax.jit(jax.vmap(lambda schedule, step, steps: schedule.factor(step, steps), (None, 0, None)))
     for steps in (1, 2, 9, 100, 61_595):
-        at = np.unique(np.clip([0, 1, 5, 6, 7, 8, steps // 10, steps // 2, steps - 2, steps - 1], 0, steps - 1))
+        at = np.clip([0, 1, 5, 6, 7, 8, steps // 10, steps // 2, steps - 2, steps - 1], 0, steps - 1)
         expected = [factor_of(schedule, int(s), steps) for s in at]
         assert np.abs(np.asarray(factors(schedule, jnp.asarray(at), jnp.int32(steps))) - expected).max() < 2e-6
 

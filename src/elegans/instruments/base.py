@@ -31,6 +31,7 @@ from elegans.tasks.sampling import TaskData
 from elegans.training.cohort import resolve, share, stack
 from elegans.training.device import choose, memory_budget
 from elegans.training.run import Run
+from elegans.training.spread import Spread, devices_for
 from elegans.training.step import params_of
 
 AT_ONCE = 64  # networks measured by one program; fewer where memory is short
@@ -110,7 +111,9 @@ class ReplicaInstrument(Instrument):
             batch = networks[start : start + size]
             stacked, vectors, data, axes = _stacked(runs, batch + batch[-1:] * (size - len(batch)))
             if program is None:
-                program = jax.jit(jax.vmap(self._one, (0, 0, axes))).lower(stacked, vectors, data).compile()
+                spread = Spread(devices_for(choose(), size))
+                one = jax.vmap(self._one, (0, 0, axes), axis_name="replica")
+                program = spread.jit(one, (0, 0, axes), 0).lower(stacked, vectors, data).compile()
                 memory: Any = program.memory_analysis()
                 needed, budget = memory.temp_size_in_bytes + memory.output_size_in_bytes, memory_budget(choose()) // 2
                 if needed > budget and size > 1:

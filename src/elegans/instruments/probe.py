@@ -17,7 +17,7 @@ from elegans.tasks.sampling import TaskData, draw_set
 from elegans.training.run import Run
 from elegans.types import Example
 
-NEWTON_STEPS = 20  # the gradient of every probe tested is below 1e-3 of its start by then
+NEWTON_STEPS = 15  # the gradient of every probe tested is below 1e-3 of its start by then
 HALVINGS = (1.0, 0.5, 0.25, 0.0625)  # step lengths tried by the line search
 
 

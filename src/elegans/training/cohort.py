@@ -21,6 +21,7 @@ from elegans.errors import Invalid
 from elegans.randomness import Purpose, key_for
 from elegans.tasks.sampling import TaskData, compact, draw_set, prepare
 from elegans.training.run import Run
+from elegans.training.spread import Spread, devices_for
 from elegans.training.step import RunData, State, advance, draw_data, logits_of, params_of, start, token_losses
 from elegans.types import Example
 
@@ -129,17 +130,19 @@ def evaluate(run: Run, vector: Float[Array, " parameter"], rows: Example) -> Eva
 class Programs:
     """The compiled programs of one structure at one size. Compilation happens on first use of each."""
 
-    def __init__(self, runs: Sequence[Run], device: jax.Device):
-        self.size, self.device = len(runs), device
-        task, self.axes = share(runs)
-        self.runs, self.task = jax.device_put((stack(runs), task), device)
-        axes: Any = RunData  # of vmap, in the shape of the data
-        self._start = jax.jit(jax.vmap(start, axis_name="replica"))
-        self._data = jax.jit(jax.vmap(draw_data, (0, self.axes), axes(None, 0), axis_name="replica"))
-        self._held_out = jax.jit(jax.vmap(draw_held_out, (0, self.axes), axis_name="replica"))
-        self._evaluate = jax.jit(jax.vmap(evaluate, axis_name="replica"))
-        self._step = jax.vmap(_step, (0, 0, axes(self.axes, 0), None), axis_name="replica")
-        self._chunk = jax.jit(functools.partial(_chunk, self._step), donate_argnums=1)
+    def __init__(self, runs: Sequence[Run], device: jax.Device, devices: int | None = None):
+        """Programs for runs of one structure on a device; a CPU's cores share them, at most `devices` of them."""
+        task, axes = share(runs)
+        self.spread = spread = Spread(devices_for(device, len(runs), devices))
+        self.runs, self.task = spread.place(stack(runs)), spread.place(task, axes)
+        pair: Any = RunData  # of axes, in the shape of the data
+        data = pair(axes, 0)
+        self._step = jax.vmap(_step, (0, 0, data, None), axis_name="replica")
+        self._start = spread.jit(_over(start, 0), (0,), 0)
+        self._data = spread.jit(_over(_finite_set, 0, axes), (0, axes), 0)
+        self._held_out = spread.jit(_over(draw_held_out, 0, axes), (0, axes), 0)
+        self._evaluate = spread.jit(_over(evaluate, 0, 0, 0), (0, 0, 0), 0)
+        self._chunk = spread.jit(functools.partial(_chunk, self._step), (0, 0, data, None, None), (0, 2), donate=(1,))
         self.metrics: tuple[str, ...] = ()
         self._compiled: Any = None
         self._rows: HeldOut | None = None
@@ -149,12 +152,15 @@ class Programs:
         """Untrained states, stacked."""
         return self._start(self.runs)
 
+    def place(self, states: State) -> State:
+        """States from the host, where the programs want them."""
+        return self.spread.place(states)
+
     @property
     def data(self) -> RunData:
         """What the runs draw from, on the device."""
         if self._drawn is None:
-            finite = self._data(self.runs, self.task).finite if jax.tree.leaves(self.runs.train_set) or self.runs.train_set else None
-            self._drawn = RunData(self.task, finite)
+            self._drawn = RunData(self.task, self._data(self.runs, self.task) if self.runs.train_set else None)
         return self._drawn
 
     def compile(self) -> Any:
@@ -178,9 +184,19 @@ class Programs:
         return jax.tree.map(np.asarray, self._evaluate(self.runs, params, getattr(self._rows, part)))
 
     def bytes(self) -> int:
-        """Device memory of the training program: arguments, results and temporaries, as compiled."""
+        """Memory of the training program: arguments, results and temporaries, as compiled."""
         m = self.compile().memory_analysis()
-        return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+        each = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+        return each * len(self.spread.devices)  # they are cores of one CPU, or one device
+
+
+def _over(function: Callable, *axes: Any) -> Callable:
+    """A function of one replica, of many."""
+    return jax.vmap(function, axes, axis_name="replica")
+
+
+def _finite_set(run: Run, task: TaskData) -> Example | None:
+    return draw_data(run, task).finite
 
 
 def _step(run: Run, state: State, data: RunData, step: Int[Array, ""]) -> tuple[State, Any]:

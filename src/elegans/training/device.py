@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -22,6 +23,7 @@ CPU_SHARE, DEVICE_SHARE = 0.5, 0.8  # of memory, for the default budget
 def choose(name: str | None = None) -> jax.Device:
     """The device of a name such as `cpu`, `gpu` or `gpu:1`; the fastest one without a name. Raises `Invalid`."""
     keep_programs()
+    use_cores()
     if name is None:
         return jax.devices()[0]
     kind, _, index = name.partition(":")
@@ -30,6 +32,13 @@ def choose(name: str | None = None) -> jax.Device:
     except (RuntimeError, IndexError, ValueError):
         found = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
         raise Invalid("device", name, f"allowed here: {found} or cpu") from None
+
+
+@functools.cache
+def use_cores() -> None:
+    """Make JAX count every core of the CPU as a device, where it was not started before."""
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 
 @functools.cache

@@ -46,13 +46,14 @@ class CohortPlan:
     segments: tuple[Segment, ...]
     checkpoint_every: int  # steps
     memory: int  # bytes, the budget that the size was chosen for
+    devices: int  # most devices that share the cohort
     bytes: int  # an upper bound where nothing was compiled, else as compiled
 
     @property
     def id(self) -> str:
         """Twelve hexadecimal digits from the content: members, sizes and code."""
         data = self.to_dict() | {"code": [code_of(run) for run in self.runs]}
-        data.pop("memory"), data.pop("bytes")
+        data.pop("memory"), data.pop("devices"), data.pop("bytes")
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -72,6 +73,7 @@ class CohortPlan:
             "segments": [[s.start, s.stop, s.size] for s in self.segments],
             "checkpoint_every": self.checkpoint_every,
             "memory": self.memory,
+            "devices": self.devices,
             "bytes": self.bytes,
         }
 
@@ -79,19 +81,19 @@ class CohortPlan:
     def from_dict(cls, data: dict[str, Any], runs: dict[str, Run]) -> CohortPlan:
         """The plan in a store, with the runs by id."""
         segments = tuple(Segment(*s) for s in data["segments"])
-        return cls(tuple(runs[i] for i in data["runs"]), segments, data["checkpoint_every"], data["memory"], data["bytes"])
+        return cls(tuple(runs[i] for i in data["runs"]), segments, data["checkpoint_every"], data["memory"], data["devices"], data["bytes"])
 
 
-def plan(runs: Sequence[Run], memory: int, measure: Callable[[Sequence[Run]], int] | None = None) -> list[CohortPlan]:
+def plan(runs: Sequence[Run], memory: int, measure: Callable[[Sequence[Run]], int] | None = None, devices: int = 1) -> list[CohortPlan]:
     """Cohorts of runs, each within `memory` bytes. Traces every structure once, and so finds errors in custom code.
 
     `measure` compiles some runs and returns the bytes they need; without it, or where a bound from
     the trace is already within the budget, nothing is compiled. Raises `Invalid` where one run alone does not fit.
     """
-    return [cohort for members in group(runs) for cohort in _plan_group(members, memory, measure)]
+    return [cohort for members in group(runs) for cohort in _plan_group(members, memory, measure, devices)]
 
 
-def _plan_group(members: list[Run], memory: int, measure: Callable[[Sequence[Run]], int] | None) -> list[CohortPlan]:
+def _plan_group(members: list[Run], memory: int, measure: Callable[[Sequence[Run]], int] | None, devices: int) -> list[CohortPlan]:
     members = sorted(members, key=lambda run: (-run.length, run.id))
     bound = check(members[0], memory)
     size = min(len(members), LARGEST)
@@ -106,13 +108,13 @@ def _plan_group(members: list[Run], memory: int, measure: Callable[[Sequence[Run
         needed = size * bound
     # full cohorts first: what is left of a group is planned alike whether or not its first cohorts are already stored
     cohorts = (members[i : i + size] for i in range(0, len(members), size))
-    return [_cohort(c, memory, int(needed * len(c) / size)) for c in cohorts]
+    return [_cohort(c, memory, devices, int(needed * len(c) / size)) for c in cohorts]
 
 
-def _cohort(members: list[Run], memory: int, needed: int) -> CohortPlan:
+def _cohort(members: list[Run], memory: int, devices: int, needed: int) -> CohortPlan:
     lengths = [run.length for run in members]
     every = max(1, -(-lengths[0] // CHECKPOINTS))
-    return CohortPlan(tuple(members), tuple(shrink(lengths, flops_per_step(members[0]))), every, memory, needed)
+    return CohortPlan(tuple(members), tuple(shrink(lengths, flops_per_step(members[0]))), every, memory, devices, needed)
 
 
 def shrink(lengths: Sequence[int], flops_per_step: float) -> list[Segment]:

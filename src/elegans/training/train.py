@@ -7,7 +7,6 @@ import time
 from collections.abc import Generator, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from elegans.training.cohort import CHUNK, Programs
@@ -83,12 +82,13 @@ def train_cohort(plan: CohortPlan, device: jax.Device, step: int = 0, states: St
             continue
         yield Compiling(step, segment.size)
         began, misses = time.perf_counter(), cache_misses()
-        programs = Programs(plan.runs[: segment.size], device)
+        programs = Programs(plan.runs[: segment.size], device, plan.devices)
         programs.compile()
         yield Compiled(step, segment.size, time.perf_counter() - began, cache_misses() > misses)
         if states is None:
             states = programs.start()
-        states = jax.device_put(jax.tree.map(lambda a, n=segment.size: jnp.asarray(a[:n]), states), device)
+        else:
+            states = programs.place(jax.tree.map(lambda a, n=segment.size: np.asarray(a)[:n], states))
         states = yield from _Segment(plan, segment, programs).train(step, states)
         step = segment.stop
 
