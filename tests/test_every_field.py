@@ -265,7 +265,7 @@ class Still:
 
     metrics = ("loss", "accuracy", "exact_match", "grad_norm")
 
-    def __init__(self, runs: Any, device: Any):
+    def __init__(self, runs: Any, *where: Any):
         self.size = len(runs)
 
     def compile(self) -> None:
@@ -273,6 +273,9 @@ class Still:
 
     def start(self) -> State:
         return State(jnp.zeros((self.size, 3)), (), jnp.full(self.size, -1))
+
+    def place(self, states: State) -> State:
+        return states
 
     def chunk(self, states: State, step: int, steps: int) -> tuple[State, dict[str, np.ndarray]]:
         return states, {name: np.zeros((steps, self.size)) for name in self.metrics}

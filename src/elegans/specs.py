@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, dataclass_transform
 
 import jax
+import numpy as np
 
 from elegans.errors import Invalid
 
@@ -186,6 +187,8 @@ def _is_array(value: Any) -> bool:
 def _coerce(info: FieldInfo, value: Any) -> Any:
     if value is None and info.optional:
         return None
+    if isinstance(value, np.generic):  # a sweep over numpy's numbers
+        value = value.item()
     if _is_array(value) or type(value) is object:  # inside a transformation: nothing to check
         return value
     for t in info.types:
@@ -208,7 +211,8 @@ def _accept(t: Any, value: Any) -> Any:
     if isinstance(value, bool) or t is bool:
         return value if isinstance(value, bool) and t is bool else None
     if t is float:
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+        number = float(value) if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023) else math.nan
+        return number if math.isfinite(number) else None
     return value if isinstance(value, t) else None
 
 
@@ -235,9 +239,10 @@ def is_abstract(cls: type[Spec]) -> bool:
     return bool(cls.__dict__.get("abstract", False))
 
 
-def find_kind(base: type[Spec], kind: str) -> type[Spec]:
+def find_kind(base: type[Spec], kind: Any) -> type[Spec]:
     """The class that `kind` names among those that can stand for `base`; the newest definition of a file wins."""
-    found = [c for c in _KINDS.get(kind, []) if issubclass(c, base) and not is_abstract(c)]
+    named = _KINDS.get(kind, []) if isinstance(kind, str) else []
+    found = [c for c in named if issubclass(c, base) and not is_abstract(c)]
     homes = {(c.__module__, c.__qualname__) for c in found}
     if not found:
         raise Invalid("kind", kind, f"allowed: {', '.join(kinds(base))} (custom ones: name their file with --with)")
@@ -337,16 +342,21 @@ def replace(value: T, path: str, new: Any) -> T:
     base: Any = value
     if rest and old is None and base.infos[name].base is not None:
         raise Invalid(path, new, f"{name} is off; switch it on first, as {name}={kinds(base.infos[name].base)[0]}")
+    if not rest:
+        return dataclasses.replace(base, **{name: _field_from_dict(base.infos[name], new)})
     try:
-        made = replace(old, rest, new) if rest else _field_from_dict(base.infos[name], new)
-        return dataclasses.replace(base, **{name: made})
+        made = replace(old, rest, new)
     except Invalid as error:
-        raise (error.inside(name) if rest and not error.field.startswith(name) else error) from None
+        raise error.inside(name) from None
+    return dataclasses.replace(base, **{name: made})
 
 
-def grid(run: T, axes: Mapping[str, Iterable[Any]]) -> list[T]:
+def grid(run: T, axes: Mapping[str, Any]) -> list[T]:
     """Every combination of the axes' values, the last axis fastest: `grid(run, {"optim.lr": [...], "seed": range(4)})`."""
-    values = {path: list(v) if not isinstance(v, str) else [v] for path, v in axes.items()}
+    for path, options in axes.items():
+        if isinstance(options, Mapping) or not isinstance(options, Iterable):
+            raise Invalid(path, options, "an axis is a list of values")
+    values = {path: [options] if isinstance(options, str) else list(options) for path, options in axes.items()}
     for path, options in values.items():
         if not options:
             raise Invalid(path, [], "an empty sweep makes no runs; give at least one value")

@@ -1,11 +1,14 @@
 """No content is ever in two parts, the parts have the sizes that were asked for, and only the split's key decides."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from elegans import Addition, Invalid, Parity, Run, Split, Transformer
+from elegans.tasks import sampling
 from elegans.tasks.base import PARTS
 from elegans.tasks.sampling import draw_set, prepare, train_batch
 from elegans.types import Example
@@ -151,6 +154,30 @@ def test_training_batches_hold_training_contents_or_unscored_rows(task) -> None:
     assert parts.shape == (500, 8)
     assert (parts[scored] == 0).all()
     assert scored.mean() > 0.9999
+
+
+def test_a_row_that_is_not_for_training_is_never_scored_even_where_candidates_run_out(monkeypatch) -> None:
+    """With no spare candidate about every tenth row is missing: it must count nowhere."""
+    monkeypatch.setattr(sampling, "candidates", lambda task, rows: rows)
+    task = Addition(length=4)
+    data = prepare(task)
+    batch = jax.jit(lambda key: train_batch(task, key, 500, 0, 0.0, data))(jax.random.key(0))
+    parts = np.asarray(jax.jit(jax.vmap(lambda e: task.part(e, data.table)))(batch))
+    assert np.array_equal(np.asarray(batch.scored).any(1), parts == 0)
+    assert 0.02 < (parts != 0).mean() < 0.2
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_candidates_are_just_enough(rows, share) -> None:
+    """The chance of too few is at most a millionth with that many, and more with one fewer."""
+    drawn = sampling.candidates(Addition(length=16, split=Split(share, 0.01)), rows)
+
+    def shortfall(count: int) -> float:
+        return sum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(rows))
+
+    assert shortfall(drawn) <= sampling.SHORTFALL <= 1e-6
+    assert drawn == rows or shortfall(drawn - 1) > sampling.SHORTFALL
 
 
 def test_training_batches_are_the_unsplit_law_given_that_a_content_is_for_training() -> None:

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from elegans import AdamW, Addition, Attention, Cosine, Invalid, Run, Transformer, field, grid, replace, spec
-from elegans.training.cohort import CHUNK, Programs, group, resolve, stack
+from elegans import AdamW, Addition, Attention, Cosine, Invalid, Run, Split, Transformer, field, grid, replace, spec
+from elegans.training.cohort import CHUNK, Programs, group, resolve, share, stack
 from elegans.training.planner import plan
 from elegans.training.step import draw_batch, draw_data
 from helpers import as_arrays
@@ -43,8 +43,9 @@ def programs_for(runs: list[Run]) -> Programs:
     key = (jax.tree.structure(resolve(runs[0])), len(runs))
     if key not in COMPILED:
         COMPILED[key] = Programs(runs, jax.devices()[0])
-    COMPILED[key].runs = jax.device_put(stack(runs))
-    return COMPILED[key]
+    made = COMPILED[key]
+    made.runs = jax.device_put(stack(runs), jax.tree.map(lambda leaf: leaf.sharding, made.runs))
+    return made
 
 
 def train(runs: list[Run], chunks: tuple[int, ...] = (STEPS,)) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -201,8 +202,11 @@ def test_stacking_keeps_every_leaf_of_every_run() -> None:
 
 
 def test_tables_are_shared_where_equal_and_stacked_where_not() -> None:
-    alike = Programs(six(), jax.devices()[0])
-    assert alike.axes.table is None and alike.task.table.shape == (36,)  # 8 * 9 / 2 unordered pairs
+    alike, axes = share(six())
+    assert axes.table is None and alike.table.shape == (36,)  # 8 * 9 / 2 unordered pairs
+    mixed = [tiny(), dataclasses.replace(tiny(), task=Addition(length=3, split=Split(0.5, 0.25)))]
+    tables, axes = share(mixed)
+    assert axes.table == 0 and [np.bincount(t).tolist() for t in tables.table] == [[32, 2, 2], [18, 9, 9]]
 
 
 def test_a_finite_training_set_is_the_runs_own() -> None:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elegans import WSD, AdamW, Addition, At, Every, LogSpaced, Parity, Run, Transformer
+from elegans import WSD, AdamW, Addition, At, Every, LogSpaced, Parity, Run, Transformer, Update, spec, varies
 from elegans.randomness import shuffled_index
 from elegans.tasks.sampling import prepare
 from elegans.training.cohort import evaluate, resolve
 from elegans.training.optimisers import ravel
-from elegans.training.step import advance, draw_batch, draw_data, params_of, scores, start
+from elegans.training.step import RunData, State, advance, draw_batch, draw_data, params_of, scores, start
 from elegans.types import Example
 from helpers import as_arrays
 
@@ -110,6 +110,66 @@ def test_a_step_is_forward_backward_update_and_no_more() -> None:
     assert math.isclose(metrics["grad_norm"], np.linalg.norm(ravel(grads)), rel_tol=1e-4)
     assert np.abs(np.asarray(new.params - made.params)).max() < 1e-5
     assert int(new.diverged) == -1
+
+
+@spec
+class Failing(Update):
+    """Something that is not finite turns up at a step."""
+
+    loss_at: int = varies(-1, "where the loss does")
+    norm_at: int = varies(-1, "where the norm of the gradient does")
+    weight_at: int = varies(-1, "where one weight does")
+
+    def apply(self, run, state, batch, step, key):
+        new, metrics = super().apply(run, state, batch, step, key)
+        worse = {"loss": jnp.where(step == self.loss_at, jnp.nan, 0), "grad_norm": jnp.where(step == self.norm_at, jnp.inf, 0)}
+        params = new.params.at[5].add(jnp.where(step == self.weight_at, jnp.inf, 0))
+        return dataclasses.replace(new, params=params), metrics | {name: metrics[name] + v for name, v in worse.items()}
+
+
+def walk(update: Update, steps: int = 6, length: int = 100) -> tuple[list, list]:
+    """States and losses of some steps of a run; all runs of this test are one program."""
+    run = as_arrays(Run(Addition(length=3), Transformer(layers=1, d_model=8, heads=2, mlp=None), batch=4, steps=length, update=update))
+    data, states, losses = RunData(prepare(run.task)), [begin(run)], []
+    for step in range(steps):
+        state, metrics = STEP(run, states[-1], jnp.int32(step), data)
+        states.append(jax.tree.map(np.asarray, state))
+        losses.append({name: float(value) for name, value in metrics.items()})
+    return states, losses
+
+
+STEP = jax.jit(advance)
+
+
+def same(a: State, b: State) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), (a.params, a.opt), (b.params, b.opt)))
+
+
+@pytest.mark.parametrize("what", ["loss_at", "norm_at", "weight_at"])
+def test_the_first_thing_that_is_not_finite_ends_a_run_at_that_step(what) -> None:
+    states, metrics = walk(Failing(**{what: 3}))
+    healthy, _ = walk(Failing())
+    assert [int(s.diverged) for s in states] == [-1] * 4 + [3] * 3
+    assert all(same(a, b) for a, b in zip(states[:4], healthy[:4], strict=True))
+    assert all(same(states[4], later) for later in states[5:])  # it stands still from then on
+    assert all(math.isnan(value) for later in metrics[4:] for value in later.values())
+    if what == "weight_at":
+        assert not np.isfinite(states[4].params).all()
+    else:
+        assert same(states[3], states[4])  # weights and moments are the last sound ones
+        assert not all(map(math.isfinite, metrics[3].values()))
+
+
+def test_a_later_accident_does_not_move_the_step_of_the_first() -> None:
+    states, _ = walk(Failing(loss_at=2, norm_at=4, weight_at=1))
+    assert [int(s.diverged) for s in states] == [-1, -1, 1, 1, 1, 1, 1]
+
+
+def test_after_its_last_step_a_run_stands_still_and_reports_nothing() -> None:
+    states, metrics = walk(Failing(loss_at=5), length=4)
+    assert all(same(states[4], later) for later in states[4:]) and not same(states[3], states[4])
+    assert [math.isnan(m["loss"]) for m in metrics] == [False] * 4 + [True] * 2
+    assert int(states[-1].diverged) == -1  # an accident after the end is none
 
 
 # ---- finite training sets

@@ -99,14 +99,14 @@ class Parity(Task):
     def plateau(self) -> float | None:
         """A predictor that knows only how far behind `:` it stands: a fair bit, or the end where the row may end.
 
-        With n uniform in a..b, the token t places behind `:` is the first `$` with probability
-        P(n = t - 1 | n >= t - 1), and else a fair bit.
+        With n uniform in a..b, the token t places behind `:`, where it is scored at all, is `$` in the share
+        of rows with n < t, and else a fair bit.
         """
         if not self.cot:
             return math.log(2) / self.scored_tokens()
         nats = 0.0
-        for t in range(1, self.length + 2):
-            reach = sum(n >= t - 1 for n in self._lengths) / len(self._lengths)
-            stop = sum(n == t - 1 for n in self._lengths) / len(self._lengths) / reach
-            nats += reach * (coin_entropy(stop) + (1 - stop) * math.log(2))
+        for t in range(1, self.positions):
+            rows = [n for n in self._lengths if self._scored(n) >= t]  # those with a scored token there
+            ended = sum(n < t for n in rows) / max(1, len(rows))
+            nats += len(rows) / len(self._lengths) * (coin_entropy(ended) + (1 - ended) * math.log(2))
         return nats / self.scored_tokens()

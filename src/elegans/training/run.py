@@ -104,7 +104,7 @@ class Run(Spec):
         if self.epochs is not None and self.train_set is None:
             raise Invalid("epochs", self.epochs, "needs a finite training set: give train_set")
         if self.length >= INT_LIMIT:
-            raise Invalid(given[0], lengths[given[0]], f"{self.length} steps are more than the {INT_LIMIT - 1} allowed")
+            raise Invalid(given[0], lengths[given[0]], f"allowed: what makes fewer than {INT_LIMIT} steps")
         if self.train_set is not None and self.length * self.batch >= INT_LIMIT:
             raise Invalid("train_set", self.train_set, f"allowed: fewer than {INT_LIMIT} rows in all; use fresh rows for longer runs")
 
@@ -120,10 +120,9 @@ class Run(Spec):
         """Optimiser steps: the smallest number that reaches the asked length."""
         if self.steps is not None:
             return self.steps
-        if self.flops is not None:
-            return max(1, math.ceil(self.flops / self.flops_per_step))
         rows = self.examples if self.examples is not None else (self.epochs or 0) * (self.train_set or 0)
-        return max(1, math.ceil(rows / self.batch))
+        steps = self.flops / self.flops_per_step if self.flops is not None else rows / self.batch
+        return max(1, math.ceil(min(steps, INT_LIMIT)))  # beyond the limit `check` refuses
 
     @property
     def id(self) -> str:
