@@ -15,10 +15,10 @@ from elegans.tasks.sampling import draw_set
 class StreamLength(el.ReplicaInstrument):
     """Mean Euclidean length of the residual stream over test rows and positions, in the units of activations."""
 
-    rows: int = el.field(64, "test rows", ge=1)
+    count: int = el.field(64, "test rows", ge=1)
 
     def apply(self, run, params, data, key):
-        rows = draw_set(run.task, "test", key, self.rows, data)
+        rows = draw_set(run.task, "test", key, self.count, data)
         x = vectors(run, params, rows, run.model.probed_sites()["resid"])
         return {"stream": {"length": jnp.linalg.norm(x, axis=-1).mean((1, 2))}}  # one value a site
 

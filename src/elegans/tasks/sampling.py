@@ -33,7 +33,9 @@ def candidates(task: Task, rows: int) -> int:
     """How many candidates give `rows` training rows with probability 1 - SHORTFALL."""
     if task.split is None:
         return rows
-    low, high = rows, 2 * int(rows / task.split.train) + 64
+    low = high = rows
+    while binom.cdf(rows - 1, high, task.split.train) > SHORTFALL:
+        high *= 2
     while low < high:  # bisection: the shortfall falls as candidates are added
         middle = (low + high) // 2
         enough = binom.cdf(rows - 1, middle, task.split.train) <= SHORTFALL

@@ -1,0 +1,72 @@
+"""Every example runs, and what it edits changes what is measured."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from running import elegans
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def fresh_modules():
+    yield
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def losses(store):
+    """Last training loss of every run, by the run's plain fields."""
+    last = "select run, arg_max(loss, step) as loss from metrics where split = 'train' group by run"
+    query = f"select r.*, m.loss from runs r join ({last}) m using (run)"
+    return json.loads(elegans("sql", store, query, "--json").out)
+
+
+def run(name, store, *words):
+    answer = elegans("run", EXAMPLES / name, "steps=6", *words, "--store", store)
+    assert answer.status == 0, answer.err
+    return losses(store)
+
+
+def test_new_task(tmp_path):
+    shown = json.loads(elegans("show", "copy_word", "length=4", "--with", EXAMPLES / "new_task.py", "--json").out)
+    assert shown["length"] == 9 and shown["scored_tokens"] == 4 and shown["truth"] == ["late"]
+    for example in shown["examples"]:
+        assert example["tokens"][:4] == example["tokens"][5:]
+    assert len(run("new_task.py", tmp_path / "store")) == 3
+
+
+def test_new_component(tmp_path):
+    rows = run("new_component.py", tmp_path / "store", "seed=0")
+    assert len({row["loss"] for row in rows}) == 3  # plain, gained, squared
+
+
+def test_new_update(tmp_path):
+    rows = run("new_update.py", tmp_path / "store", "seed=0")
+    assert len({row["loss"] for row in rows}) == 2
+    logged = json.loads(elegans("sql", tmp_path / "store", "select largest_weight from metrics where split = 'train'", "--json").out)
+    assert all(row["largest_weight"] > 0 for row in logged)
+
+
+def test_new_optimizer(tmp_path):
+    rows = run("new_optimizer.py", tmp_path / "store", "seed=0")
+    assert {row["optim"] for row in rows} == {"lion"} and len({row["loss"] for row in rows}) == 2
+
+
+def test_new_instrument(tmp_path):
+    run("new_instrument.py", tmp_path / "store", "seed=0")
+    rows = json.loads(elegans("sql", tmp_path / "store", "select * from stream_length", "--json").out)
+    assert {row["site"] for row in rows} == {"resid.0", "resid.1"} and all(row["length"] > 0 for row in rows)
+
+
+def test_yaml_and_look_inside(tmp_path, capsys):
+    rows = run("sweep.yaml", tmp_path / "store", "seed=0", "model.d_model=16", "model.layers=2")
+    assert {row["label"] for row in rows} == {"d=16 lr=0.001 seed=0", "d=16 lr=0.003 seed=0"}
+    with mock.patch.object(sys, "argv", ["look_inside.py", str(tmp_path / "store")]):
+        runpy.run_path(str(EXAMPLES / "look_inside.py"))
+    assert "without attention 1" in capsys.readouterr().out
