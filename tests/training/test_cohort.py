@@ -4,12 +4,13 @@ Sizes: six replicas of a one-layer, eight-wide transformer on three-bit addition
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import numpy as np
 import pytest
 
-from elegans import AdamW, Addition, Attention, Cosine, Invalid, Run, Split, Transformer, field, grid, replace, spec
+from elegans import AdamW, Addition, Attention, Cosine, Invalid, Run, Split, Transformer, field, grid, replace, spec, varies
 from elegans.training.cohort import CHUNK, Programs, group, resolve, share, stack
 from elegans.training.planner import plan
 from elegans.training.step import draw_batch, draw_data
@@ -241,12 +242,18 @@ class Gained(Attention):
 
 @spec
 class Branching(Attention):
-    """A user's mistake: Python cannot branch on a number that varies inside a cohort."""
+    """A user's mistake: Python cannot decide by a number that varies inside a cohort."""
 
     gain: float = field(1.0, "factor on the output")
+    rounds: int = varies(1, "times")
+    way: Literal["if", "float", "range", "numpy"] = field("if", "how the mistake is made")
 
     def apply(self, params, x, context):
-        return x if self.gain > 0.5 else super().apply(params, x, context)
+        if self.way == "if":
+            return x if self.gain > 0.5 else super().apply(params, x, context)
+        if self.way == "range":
+            return sum(super(Branching, self).apply(params, x, context) for _ in range(self.rounds))
+        return (float if self.way == "float" else np.asarray)(self.gain) * super().apply(params, x, context)
 
 
 def test_a_users_new_float_can_be_swept_inside_a_cohort() -> None:
@@ -258,8 +265,9 @@ def test_a_users_new_float_can_be_swept_inside_a_cohort() -> None:
     assert len(set(first.tolist())) == 6
 
 
-def test_branching_on_a_leaf_is_an_error_that_names_the_field() -> None:
-    run = replace(tiny(), "model.attention", Branching())
-    with pytest.raises(Invalid, match=r"^model\.attention\.gain: .*branched on") as caught:
+@pytest.mark.parametrize(("way", "leaf"), [("if", "gain"), ("float", "gain"), ("range", "rounds"), ("numpy", "gain")])
+def test_deciding_by_a_leaf_is_an_error_of_one_line_that_names_the_field(way, leaf) -> None:
+    run = replace(tiny(), "model.attention", Branching(way=way))
+    with pytest.raises(Invalid, match=rf"^model\.attention\.{leaf}: .*branched on") as caught:
         plan([run], MEMORY)
     assert "\n" not in str(caught.value)

@@ -225,7 +225,7 @@ def traced(run: Run, trace: Callable[[Run], Any]) -> Any:
     """Trace something of a run, compiling nothing. Raises `Invalid` naming the leaf that custom code branches on."""
     try:
         return trace(jax.tree.map(np.asarray, resolve(run)))
-    except jax.errors.ConcretizationTypeError as error:
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError, jax.errors.TracerArrayConversionError) as error:
         allowed = "a leaf differs inside a cohort and cannot be branched on: use jnp.where, or mark the field structure()"
         raise Invalid(_leaf_in(str(error), run), "a traced number", allowed) from error
 
