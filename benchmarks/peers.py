@@ -68,7 +68,7 @@ class Job:
 
 
 class Stopwatch:
-    """Times blocks of steps: the first step, then warm-up in doubling blocks, then blocks of about a tenth of `seconds`."""
+    """Times blocks of steps: the first step, then warm-up in doubling blocks, then blocks of about a third of `seconds`."""
 
     def __init__(self, seconds: float):
         self.seconds, self.block, self.done = seconds, 1, False
@@ -85,7 +85,7 @@ class Stopwatch:
         elif self._warm:
             self._laps.append((self.block, took))
             self.done = len(self._laps) >= 3 and sum(t for _, t in self._laps) >= self.seconds
-        elif took >= self.seconds / 10 or self.block >= BLOCK:
+        elif took >= self.seconds / 5 or self.block >= BLOCK:
             self._warm = True
         else:
             self.block *= 2

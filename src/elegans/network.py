@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
 from elegans.models import Model
-from elegans.models.base import Edit
 from elegans.randomness import Purpose, key_for
 from elegans.store import Store
 from elegans.tasks import Task
@@ -23,7 +22,7 @@ from elegans.tasks.sampling import draw_set, prepare
 from elegans.training.cohort import resolve
 from elegans.training.run import Run
 from elegans.training.step import params_of, scores
-from elegans.types import Example, Trace, no_edit
+from elegans.types import Edit, Example, Trace, no_edit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ Tasks, models and instruments are written for one example or one replica; the ot
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, Union
 
 import jax
@@ -55,6 +56,9 @@ class Trace:
 
     def __getitem__(self, site: str) -> Float[Array, "..."]:
         return self.sites[site]
+
+
+Edit = Callable[[str, Any], Any]  # edit(site, x) returns what replaces x
 
 
 def no_edit(site: str, x: Any) -> Any:

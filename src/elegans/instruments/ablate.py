@@ -10,12 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
 from elegans.instruments.probe import Probes, Reads, features_of, fit, reads, sites_of, vectors, with_random_labels
-from elegans.models.base import Edit
 from elegans.specs import field, spec
 from elegans.tasks.sampling import TaskData, draw_set
 from elegans.training.run import Run
 from elegans.training.step import scores
-from elegans.types import Example
+from elegans.types import Edit, Example
 
 
 @spec

@@ -111,7 +111,7 @@ class ReplicaInstrument(Instrument):
             batch = networks[start : start + size]
             stacked, vectors, data, axes = _stacked(runs, batch + batch[-1:] * (size - len(batch)))
             if program is None:
-                spread = Spread(devices_for(choose(), size))
+                spread = Spread(devices_for(choose(), size), size)
                 one = jax.vmap(self._one, (0, 0, axes), axis_name="replica")
                 program = spread.jit(one, (0, 0, axes), 0).lower(stacked, vectors, data).compile()
                 memory: Any = program.memory_analysis()

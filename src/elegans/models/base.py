@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -12,10 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from elegans.specs import Spec, spec
-from elegans.types import Trace, no_edit
+from elegans.types import Edit, Trace, no_edit
 
 Params = Any
-Edit = Callable[[str, Any], Any]
 Dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "tensorfloat32": jnp.float32}
 
 
@@ -85,6 +83,7 @@ class Context:
     positions: Any = None  # the model's Positions component, or None
     key: jax.Array | None = None  # dropout is on where there is a key
     dropout: Any = None
+    fused: bool = False  # attention may skip its scores and pattern: see models/fused.py
 
     def drop(self, x: Array, purpose: int) -> Array:
         """Dropout of x, where it is on; `purpose` tells the uses of one layer apart."""

@@ -26,9 +26,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
-from elegans.models.base import Component, Context, Dtype, Edit, Model, Params, Sizes
+from elegans.models import fused
+from elegans.models.base import Component, Context, Dtype, Model, Params, Sizes
 from elegans.specs import Spec, field, spec, structure
-from elegans.types import Trace, no_edit
+from elegans.types import Edit, Trace, no_edit
 
 ONE_HOT_VOCAB = 512  # up to here a one-hot product beats a gather, whose gradient is a scatter-add
 
@@ -146,7 +147,8 @@ class Attention(Component):
         scores = site("scores", scores * (self.scale / q.shape[-1] ** 0.5))
         causal = jnp.tri(x.shape[0], dtype=bool)
         pattern = site("pattern", jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(scores.dtype).min)).astype(x.dtype))
-        z = site("z", jnp.einsum("hqk,khe->qhe", pattern, v))
+        z = fused.attention(q * jnp.asarray(self.scale, q.dtype), k, v) if context.fused else jnp.einsum("hqk,khe->qhe", pattern, v)
+        z = site("z", z)
         return _linear(z.reshape(x.shape[0], -1), params["W_O"].reshape(-1, x.shape[1]), params.get("b_O"))
 
     def _project(self, params: Params, x: Array, context: Context) -> tuple[Array, ...]:
@@ -281,12 +283,13 @@ class Transformer(Model):
             seen[name] = x = edit(name, x)
             return x
 
+        kernel = fused.serves(self.dtype, edit)
         exact = jax.default_matmul_precision("highest") if self.dtype == "float32" else contextlib.nullcontext()
         with exact:
             x = site("embed", self._embed(params, tokens, key))
             for i, block in enumerate(params["blocks"]):
                 layer_key = None if key is None else jax.random.fold_in(key, i + 1)
-                here = Context(tokens, lambda name, y, i=i: site(f"{name}.{i}", y), self.position, layer_key, self.dropout)
+                here = Context(tokens, lambda name, y, i=i: site(f"{name}.{i}", y), self.position, layer_key, self.dropout, kernel)
                 x = self._block(block, x, here)
             x = site("normed", self.norm.apply(params["ln_final"], x, Context(tokens, site)) if self.norm else x)
             w = params["embed"]["W_E"].T if self.tied else params["unembed"]["W_U"]

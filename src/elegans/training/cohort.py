@@ -133,7 +133,7 @@ class Programs:
     def __init__(self, runs: Sequence[Run], device: jax.Device, devices: int | None = None):
         """Programs for runs of one structure on a device; a CPU's cores share them, at most `devices` of them."""
         task, axes = share(runs)
-        self.spread = spread = Spread(devices_for(device, len(runs), devices))
+        self.spread = spread = Spread(devices_for(device, len(runs), devices), len(runs))
         self.runs, self.task = spread.place(stack(runs)), spread.place(task, axes)
         pair: Any = RunData  # of axes, in the shape of the data
         data = pair(axes, 0)
