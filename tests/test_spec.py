@@ -37,6 +37,7 @@ from elegans import (
     SwiGLU,
     Task,
     Transformer,
+    Update,
     field,
     grid,
     identity,
@@ -257,6 +258,8 @@ def test_labels_are_filled_from_fields() -> None:
 
 # ---- errors: one line that names the field, the value and what is allowed
 
+SHADOWING = type("Shadowing", (Update,), {"__annotations__": {"logits": float}, "logits": 1.0})
+
 
 @spec
 class Inner(Spec):
@@ -292,6 +295,10 @@ BROKEN = {
     "infinity": (lambda: AdamW(lr=float("inf")), "lr", "inf", "a finite number"),
     "a number too large for a float": (lambda: AdamW(lr=10**400), "lr", "1000", "a finite number"),
     "negative": (lambda: AdamW(lr=-1e-3), "lr", "-0.001", "> 0"),
+    "too large for float32": (lambda: replace(RUN, "optim.lr", 1e39), "optim.lr", "1e+39", "float32"),
+    "too small for float32": (lambda: replace(RUN, "optim.lr", 1e-50), "optim.lr", "1e-50", "float32"),
+    "an array out of bounds": (lambda: replace(RUN, "optim.lr", np.array(-1.0)), "optim.lr", "-1.0", ">"),
+    "a field that hides a method": (lambda: spec(SHADOWING), "Shadowing.logits", "field", "method of its base"),
     "too large a seed": (lambda: replace(RUN, "seed", 2**31), "seed", "2147483648", "<"),
     "bool for a whole number": (lambda: replace(RUN, "batch", True), "batch", "True", "a whole number"),
     "bool for a float": (lambda: replace(RUN, "optim.lr", True), "optim.lr", "True", "a finite number"),

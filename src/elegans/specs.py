@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ from elegans.errors import Invalid
 
 T = TypeVar("T")
 INT_LIMIT = 2**31  # leaves travel to the device as int32
+FLOAT_LIMITS = (float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max))  # or as float32
 _KINDS: dict[str, list[type[Spec]]] = {}
 
 
@@ -148,6 +150,9 @@ class Spec:
 @dataclass_transform(frozen_default=True, field_specifiers=(field, varies, structure, note))
 def spec(cls: type[T]) -> type[T]:
     """Make a class a spec: a frozen dataclass, a pytree, and a `kind` that YAML and stores can name."""
+    for name in inspect.get_annotations(cls):
+        if any(callable(base.__dict__.get(name)) or isinstance(base.__dict__.get(name), property) for base in cls.__mro__[1:]):
+            raise Invalid(f"{cls.__name__}.{name}", "a field", f"allowed: another name; {name} is a method of its base")
     frozen: Any = dataclasses.dataclass(frozen=True, repr=False)(cls)
     frozen.infos = _info(frozen)
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
@@ -187,7 +192,7 @@ def _is_array(value: Any) -> bool:
 def _coerce(info: FieldInfo, value: Any) -> Any:
     if value is None and info.optional:
         return None
-    if isinstance(value, np.generic):  # a sweep over numpy's numbers
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.shape):  # a sweep over numpy's numbers
         value = value.item()
     if _is_array(value) or type(value) is object:  # inside a transformation: nothing to check
         return value
@@ -222,8 +227,16 @@ def _check_bounds(info: FieldInfo, value: Any) -> None:
         bounds.setdefault("lt", INT_LIMIT)
     tests = {"gt": lambda v, b: v > b, "ge": lambda v, b: v >= b, "lt": lambda v, b: v < b, "le": lambda v, b: v <= b}
     for v in value if isinstance(value, tuple) else (value,):
+        if info.role == "leaf" and isinstance(v, float) and not _in_float32(v):
+            raise Invalid(info.name, value, f"{info.allowed}, of the size that float32 holds")
         if isinstance(v, (int, float)) and not all(tests[k](v, b) for k, b in bounds.items()):
             raise Invalid(info.name, value, dataclasses.replace(info, bounds=bounds).allowed)
+
+
+def _in_float32(value: float) -> bool:
+    """Whether a leaf keeps its meaning on the device: neither infinite there, nor 0 where it was not."""
+    least, most = FLOAT_LIMITS
+    return value == 0 or least <= abs(value) <= most
 
 
 # ---- kinds: how YAML, the command line and stores name classes
@@ -384,14 +397,6 @@ def leaves(value: Spec) -> dict[str, Any]:
     return {".".join(getattr(k, "name", str(getattr(k, "idx", k))) for k in path): leaf for path, leaf in flat}
 
 
-def fields(value: Spec, prefix: str = "") -> dict[str, Any]:
-    """Dotted path to plain value of every field, nested specs opened: what tables and labels show."""
-    found: dict[str, Any] = {}
-    for info in value.infos.values():
-        inner = getattr(value, info.name)
-        if isinstance(inner, Spec):
-            found[prefix + info.name] = inner.kind
-            found |= fields(inner, f"{prefix}{info.name}.")
-        else:
-            found[prefix + info.name] = inner
-    return found
+def fields(value: Spec) -> dict[str, Any]:
+    """Dotted path to plain value of every field that is on, nested specs opened: what tables and labels show."""
+    return flat(to_dict(value))

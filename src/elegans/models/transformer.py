@@ -246,7 +246,7 @@ class Transformer(Model):
     tied: bool = field(False, "unembed with the embedding's weights")
     bias: bool = field(False, "biases in every linear map and LayerNorm")
     dropout: float | None = field(None, "share of the residual updates dropped in training", ge=0, lt=1)
-    init_std: float | None = field(None, "sd of every initial weight; none: PyTorch's defaults", ge=0)
+    init_std: float | None = field(None, "sd of every initial weight; none: as PyTorch draws them. Biases start at 0", ge=0)
     dtype: Literal["float32", "bfloat16", "tensorfloat32"] = field("float32", "compute type; master weights are float32")
 
     def check(self) -> None:
@@ -265,7 +265,7 @@ class Transformer(Model):
         params: dict[str, Any] = {"embed": {"W_E": sizes.embedding(keys[0], vocab, self.d_model)}}
         params["pos_embed"] = self.position.init(keys[1], sizes) if self.position else {}
         params["blocks"] = [self._init_block(k, sizes) for k in keys[3:]]
-        params["ln_final"] = self.norm.init(keys[2], sizes) if self.norm else {}
+        params["ln_final"] = self.norm.init(jax.random.fold_in(keys[2], 1), sizes) if self.norm else {}
         unembed = {} if self.tied else {"W_U": sizes.weight(keys[2], self.d_model, vocab, fan_in=self.d_model)}
         return params | {"unembed": unembed}
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-
 AT_ONCE = 2  # replicas that a core of a CPU trains together: at every size from d_model 8 to 64 the fastest of 1 to 32
 
 
