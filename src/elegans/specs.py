@@ -227,16 +227,10 @@ def _check_bounds(info: FieldInfo, value: Any) -> None:
         bounds.setdefault("lt", INT_LIMIT)
     tests = {"gt": lambda v, b: v > b, "ge": lambda v, b: v >= b, "lt": lambda v, b: v < b, "le": lambda v, b: v <= b}
     for v in value if isinstance(value, tuple) else (value,):
-        if info.role == "leaf" and isinstance(v, float) and not _in_float32(v):
+        if info.role == "leaf" and isinstance(v, float) and v and not FLOAT_LIMITS[0] <= abs(v) <= FLOAT_LIMITS[1]:
             raise Invalid(info.name, value, f"{info.allowed}, of the size that float32 holds")
         if isinstance(v, (int, float)) and not all(tests[k](v, b) for k, b in bounds.items()):
             raise Invalid(info.name, value, dataclasses.replace(info, bounds=bounds).allowed)
-
-
-def _in_float32(value: float) -> bool:
-    """Whether a leaf keeps its meaning on the device: neither infinite there, nor 0 where it was not."""
-    least, most = FLOAT_LIMITS
-    return value == 0 or least <= abs(value) <= most
 
 
 # ---- kinds: how YAML, the command line and stores name classes
