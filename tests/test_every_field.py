@@ -49,7 +49,7 @@ from elegans import (
 )
 from elegans.specs import _KINDS, fill, is_abstract, leaves
 from elegans.tasks.sampling import prepare
-from elegans.training import train
+from elegans.training import ahead, train
 from elegans.training.cohort import Evaluation, draw_held_out, evaluate, resolve, stack
 from elegans.training.planner import plan
 from elegans.training.step import State, advance, draw_batch, draw_data, start
@@ -268,7 +268,7 @@ class Still:
     def __init__(self, runs: Any, *where: Any):
         self.size = len(runs)
 
-    def compile(self) -> None:
+    def compile_all(self) -> None:
         pass
 
     def start(self) -> State:
@@ -293,8 +293,8 @@ def yielded(run: Run) -> list[tuple]:
     """What training hands on to be stored, and when."""
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Programs", Still)
-        for event in train.train_cohort(dataclasses.replace(one_plan(), runs=(run,)), jax.devices()[0]):
+        patch.setattr(ahead, "Programs", Still)
+        for event in train.train_cohort(dataclasses.replace(one_plan(), runs=(run,)), ahead.Ahead([], jax.devices()[0])):
             if isinstance(event, train.Rows):
                 kept.append((event.table, *(tuple(np.asarray(event.columns[c]).tolist()) for c in ("split", "step"))))
             elif isinstance(event, train.Weights):

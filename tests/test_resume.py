@@ -12,6 +12,7 @@ from running import elegans
 
 STUDY = """
 import elegans as el
+from elegans.sources import NUMERICS
 
 @el.spec
 class Scaled(el.SwiGLU):
@@ -54,6 +55,7 @@ def forget():
 def unfinish(store):
     """Make a finished store look as if it had been stopped after its last checkpoint but one."""
     from elegans.store import Store
+    from elegans.training.ahead import Ahead
     from elegans.training.device import choose
     from elegans.training.train import Checkpoint, train_cohort
 
@@ -63,7 +65,7 @@ def unfinish(store):
         for path in cohort.path.glob(pattern):
             path.unlink()
     writer = cohort.writer(0)
-    for event in train_cohort(plan, choose()):
+    for event in train_cohort(plan, Ahead([], choose())):
         writer.write(event)
         if isinstance(event, Checkpoint) and event.step == plan.steps - plan.checkpoint_every:
             return cohort
@@ -156,7 +158,7 @@ def test_again_never_discards_other_runs(copy):
 
 def test_numerics_version(copy):
     spec = next((copy / "store" / "cohorts").glob("*/spec.json"))
-    spec.write_text(spec.read_text().replace('"numerics": 1', '"numerics": 0'))
+    spec.write_text(spec.read_text().replace(f'"numerics": {NUMERICS}', '"numerics": 0'))
     forget()
     answer = elegans("run", copy / "scaled_study.py", "--store", copy / "store")
     assert answer.status == 2 and "numerics version" in answer.err

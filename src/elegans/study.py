@@ -20,6 +20,7 @@ from elegans.files import write_json
 from elegans.instruments.base import Instrument, measure, silent
 from elegans.sources import code_of, compare
 from elegans.store import Cohort, Store
+from elegans.training.ahead import Ahead
 from elegans.training.checkpoint import arrays_to_state
 from elegans.training.cohort import Programs
 from elegans.training.device import choose, memory_budget, provenance
@@ -86,8 +87,11 @@ def train(
         opened.remove(work.discarded)
         for planned in work.new:
             opened.add(planned, provenance(work.device, work.memory))
-        for cohort, planned in _unfinished(opened, work.runs):
-            _train(cohort, planned, work.device, listener)
+        unfinished = _unfinished(opened, work.runs)
+        wanted = [(planned, s) for cohort, planned in unfinished for s in planned.segments if s.stop > cohort.status()["step"]]
+        with Ahead(wanted, work.device) as ahead:
+            for cohort, planned in unfinished:
+                _train(cohort, planned, ahead, listener)
     return opened
 
 
@@ -164,7 +168,7 @@ def _unfinished(store: Store, runs: Sequence[Run]) -> list[tuple[Cohort, CohortP
     return [(c, c.plan()) for c in _holding(store.path, runs) if not c.status()["finished"]]
 
 
-def _train(cohort: Cohort, planned: CohortPlan, device: jax.Device, listener: Listener) -> None:
+def _train(cohort: Cohort, planned: CohortPlan, ahead: Ahead, listener: Listener) -> None:
     """Train one cohort from its newest checkpoint, or from the start."""
     found = cohort.newest_state()
     if found is None and cohort.status()["step"]:
@@ -174,22 +178,18 @@ def _train(cohort: Cohort, planned: CohortPlan, device: jax.Device, listener: Li
     states = None
     if arrays is not None:
         size = next(s.size for s in planned.segments if step <= s.stop)
-        like = jax.eval_shape(Programs(planned.runs[:size], device, planned.devices).start)
-        states = arrays_to_state(cohort.first(), arrays, like)
+        states = arrays_to_state(cohort.first(), arrays, Programs(planned.runs[:size], ahead.device, planned.devices).states_like)
         writer.close(states.diverged)
     listener("cohort", (cohort, planned, step))
-    began, seconds, compiled = time.perf_counter(), 0.0, 0.0
-    for event in train_cohort(planned, device, step, states):
+    began, spent = time.perf_counter(), dict.fromkeys(("training", "compiling", "ahead"), 0.0)
+    for event in train_cohort(planned, ahead, step, states):
         writer.write(event)
-        seconds += event.seconds if isinstance(event, Progress) else 0
-        compiled += event.seconds if isinstance(event, Compiled) else 0
+        if isinstance(event, Progress):
+            spent["training"] += event.seconds
+        elif isinstance(event, Compiled):
+            spent["compiling"] += event.seconds
+            spent["ahead"] += event.ahead
         listener("event", event)
-    record = {
-        "from_step": step,
-        "steps": planned.steps - step,
-        "seconds": time.perf_counter() - began,
-        "training": seconds,
-        "compiling": compiled,
-    }
+    record = {"from_step": step, "steps": planned.steps - step, "seconds": time.perf_counter() - began, **spent}
     with (cohort.path / "timings.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

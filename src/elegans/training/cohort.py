@@ -138,19 +138,35 @@ class Programs:
         pair: Any = RunData  # of axes, in the shape of the data
         data = pair(axes, 0)
         self._step = jax.vmap(_step, (0, 0, data, None), axis_name="replica")
-        self._start = spread.jit(_over(start, 0), (0,), 0)
-        self._data = spread.jit(_over(_finite_set, 0, axes), (0, axes), 0)
-        self._held_out = spread.jit(_over(draw_held_out, 0, axes), (0, axes), 0)
-        self._evaluate = spread.jit(_over(evaluate, 0, 0, 0), (0, 0, 0), 0)
-        self._chunk = spread.jit(functools.partial(_chunk, self._step), (0, 0, data, None, None), (0, 2), donate=(1,))
-        self.metrics: tuple[str, ...] = ()
-        self._compiled: Any = None
+        self._functions = {
+            "start": spread.jit(_over(start, 0), (0,), 0),
+            "data": spread.jit(_over(_finite_set, 0, axes), (0, axes), 0),
+            "held_out": spread.jit(_over(draw_held_out, 0, axes), (0, axes), 0),
+            "evaluate": spread.jit(_over(evaluate, 0, 0, 0), (0, 0, 0), 0),
+            "chunk": spread.jit(functools.partial(_chunk, self._step), (0, 0, data, None, None), (0, 2), donate=(1,)),
+        }
+        self._compiled: dict[str, Any] = {}
         self._rows: HeldOut | None = None
         self._drawn: RunData | None = None
 
+    def _program(self, name: str, *args: Any) -> Any:
+        """A compiled program, for arguments of these shapes."""
+        if name not in self._compiled:
+            self._compiled[name] = self._functions[name].lower(*args).compile()
+        return self._compiled[name]
+
+    @functools.cached_property
+    def states_like(self) -> State:
+        """Shapes of the states."""
+        return jax.eval_shape(self._functions["start"], self.runs)
+
+    @functools.cached_property
+    def _data_like(self) -> RunData:
+        return RunData(self.task, jax.eval_shape(self._functions["data"], self.runs, self.task) if self.runs.train_set else None)
+
     def start(self) -> State:
         """Untrained states, stacked."""
-        return self._start(self.runs)
+        return self._program("start", self.runs)(self.runs)
 
     def place(self, states: State) -> State:
         """States from the host, where the programs want them."""
@@ -160,17 +176,28 @@ class Programs:
     def data(self) -> RunData:
         """What the runs draw from, on the device."""
         if self._drawn is None:
-            self._drawn = RunData(self.task, self._data(self.runs, self.task) if self.runs.train_set else None)
+            finite = self._program("data", self.runs, self.task)(self.runs, self.task) if self.runs.train_set else None
+            self._drawn = RunData(self.task, finite)
         return self._drawn
 
     def compile(self) -> Any:
         """The training program. Raises `Invalid` where custom code branches on a leaf."""
-        if self._compiled is None:
-            states = jax.eval_shape(self._start, self.runs)
-            args = (self.runs, states, self.data, np.int32(0))
-            self.metrics = tuple(jax.eval_shape(self._step, *args)[1])
-            self._compiled = self._chunk.lower(*args, np.int32(1)).compile()
-        return self._compiled
+        return self._program("chunk", self.runs, self.states_like, self._data_like, np.int32(0), np.int32(1))
+
+    def compile_all(self) -> None:
+        """Everything that training and evaluating needs."""
+        self.compile()
+        self._program("start", self.runs)
+        rows = jax.eval_shape(self._functions["held_out"], self.runs, self.task)
+        self._program("held_out", self.runs, self.task)
+        self._program("evaluate", self.runs, self.states_like.params, rows.validation)
+        if self.runs.train_set:
+            self._program("data", self.runs, self.task)
+
+    @functools.cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what a training step records, in the order of the program's results."""
+        return tuple(jax.eval_shape(self._step, self.runs, self.states_like, self._data_like, np.int32(0))[1])
 
     def chunk(self, states: State, step: int, steps: int) -> tuple[State, dict[str, Float[np.ndarray, "step replica"]]]:
         """`steps` optimiser steps (at most CHUNK) from `step`: new states, and the metrics of every step."""
@@ -180,8 +207,9 @@ class Programs:
     def evaluate(self, params: Any, part: str) -> Evaluation:
         """Scores of every replica on its own held-out examples of a part."""
         if self._rows is None:
-            self._rows = self._held_out(self.runs, self.task)
-        return jax.tree.map(np.asarray, self._evaluate(self.runs, params, getattr(self._rows, part)))
+            self._rows = self._program("held_out", self.runs, self.task)(self.runs, self.task)
+        rows = getattr(self._rows, part)
+        return jax.tree.map(np.asarray, self._program("evaluate", self.runs, params, rows)(self.runs, params, rows))
 
     def bytes(self) -> int:
         """Memory of the training program: arguments, results and temporaries, as compiled."""

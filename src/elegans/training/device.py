@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.monitoring
 
 from elegans.errors import Invalid
 
-_MISSES = [0]
+_COUNTED = threading.local()  # of each thread: programs are compiled in several
 CPU_SHARE, DEVICE_SHARE = 0.5, 0.8  # of memory, for the default budget
 
 
@@ -54,13 +55,13 @@ def keep_programs() -> None:
 def _count(event: str, **details: Any) -> None:
     del details
     if event == "/jax/compilation_cache/cache_misses":
-        _MISSES[0] += 1
+        _COUNTED.misses = getattr(_COUNTED, "misses", 0) + 1
 
 
 def cache_misses() -> int:
-    """Programs compiled so far that were not in the persistent cache."""
+    """Programs that this thread compiled so far and that were not in the persistent cache."""
     keep_programs()
-    return _MISSES[0]
+    return getattr(_COUNTED, "misses", 0)
 
 
 def memory_budget(device: jax.Device, asked: str | None = None) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Generator, Iterator
 import jax
 import numpy as np
 
+from elegans.training.ahead import Ahead
 from elegans.training.cohort import CHUNK, Programs
-from elegans.training.device import cache_misses
 from elegans.training.planner import CohortPlan, Segment
 from elegans.training.run import Run, When
 from elegans.training.step import State
@@ -53,11 +53,12 @@ class Compiling:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """It was compiled (`fresh`) or came from the persistent cache."""
+    """It is ready. Some of it was compiled (`fresh`), or all came from the persistent cache."""
 
     step: int
     size: int
-    seconds: float
+    seconds: float  # that training waited for it
+    ahead: float  # that it took, beside other cohorts' training where threads compile ahead
     fresh: bool
 
 
@@ -75,16 +76,16 @@ class Progress:
 Event = Rows | Weights | Checkpoint | Compiling | Compiled | Progress
 
 
-def train_cohort(plan: CohortPlan, device: jax.Device, step: int = 0, states: State | None = None) -> Iterator[Event]:
-    """Train a cohort from `step` (with the states of that step, or untrained) to its end."""
+def train_cohort(plan: CohortPlan, ahead: Ahead, step: int = 0, states: State | None = None) -> Iterator[Event]:
+    """Train a cohort from `step` (with the states of that step, or untrained) to its end, with programs from `ahead`."""
     for segment in plan.segments:
         if segment.stop <= step:
             continue
         yield Compiling(step, segment.size)
-        began, misses = time.perf_counter(), cache_misses()
-        programs = Programs(plan.runs[: segment.size], device, plan.devices)
-        programs.compile()
-        yield Compiled(step, segment.size, time.perf_counter() - began, cache_misses() > misses)
+        began = time.perf_counter()
+        ready = ahead.take(plan, segment)
+        programs = ready.programs
+        yield Compiled(step, segment.size, time.perf_counter() - began, ready.seconds, ready.fresh)
         if states is None:
             states = programs.start()
         else:

@@ -1,0 +1,51 @@
+"""Programs compiled in threads are the programs that would have been compiled in turn."""
+
+import functools
+
+import jax
+import numpy as np
+
+from elegans import Addition, At, Record, Run, Transformer, grid
+from elegans.training.ahead import Ahead
+from elegans.training.planner import plan
+from elegans.training.train import Checkpoint, train_cohort
+
+RUN = Run(
+    Addition(length=3), Transformer(layers=1, d_model=8, heads=2), batch=2, steps=3, record=Record(evaluate=At(), train=At(), examples=4)
+)
+
+
+@functools.cache
+def plans():
+    """Two structures."""
+    return plan(grid(RUN, {"model.d_model": [8, 4], "seed": [0, 1]}), 2**30)
+
+
+def wanted():
+    return [(p, s) for p in plans() for s in p.segments]
+
+
+def final(planned, ahead):
+    """The weights at the end of a cohort."""
+    events = [e for e in train_cohort(planned, ahead) if isinstance(e, Checkpoint)]
+    return events[-1].states.params
+
+
+def test_weights_are_the_same_bits_with_and_without_threads():
+    with Ahead(wanted(), jax.devices()[0], workers=2) as ahead:
+        assert len(ahead.started) == 2  # both are under way before the first is asked for
+        in_threads = [final(p, ahead) for p in plans()]
+        assert not ahead.started
+    with Ahead(wanted(), jax.devices()[0], workers=0) as ahead:
+        in_turn = [final(p, ahead) for p in plans()]
+    for a, b in zip(in_threads, in_turn, strict=True):
+        assert np.array_equal(a, b) and np.isfinite(a).all()
+
+
+def test_what_is_not_needed_is_passed_over_and_what_was_not_foreseen_is_built():
+    (first, second), device = plans(), jax.devices()[0]
+    with Ahead(wanted(), device, workers=1) as ahead:
+        assert ahead.take(second, second.segments[0]).programs.runs.seed.shape == (2,)
+        assert not ahead.started
+        late = ahead.take(first, first.segments[0])
+    assert late.seconds > 0 and len(late.programs.metrics) == len({"loss", "accuracy", "exact_match", "grad_norm"})
