@@ -8,11 +8,11 @@ import warnings
 
 import pytest
 
+from elegans.sources import NUMERICS
 from running import elegans
 
 STUDY = """
 import elegans as el
-from elegans.sources import NUMERICS
 
 @el.spec
 class Scaled(el.SwiGLU):

@@ -68,6 +68,9 @@ def run(
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and train nothing.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Discard these runs' results and train them anew.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Insist on an unfinished run to go on with.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="The study's small version, for two CPU cores.")] = False,
+    max_budget: Annotated[float | None, typer.Option(help="Leave out runs of more training FLOPs, such as 1e13.", min=0)] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop at a checkpoint after so long; the same command goes on.", min=0)] = None,
     as_json: Json = False,
 ) -> None:
     """Train, measure and report. Run it again to go on: finished runs are skipped, unfinished ones resume."""
@@ -77,14 +80,14 @@ def run(
     from elegans.study import prepare, run_study
 
     _load(with_)
-    asked = load_study(study).override(parse_overrides(overrides or []))
+    asked = load_study(study, small).override(parse_overrides(overrides or [])).within(max_budget)
     folder = store or Path("runs") / asked.name
     options: dict[str, Any] = {"device": device, "memory": memory, "again": again, "resume": resume}
     if plan:
         _print(plan_rows(prepare(asked.runs, folder, **options, compile_to_measure=False)), as_json)
         return
     with Display() as display:
-        page = run_study(asked, folder, display, **options)
+        page = run_study(asked, folder, display, minutes=minutes, **options)
     _print(run_summary(folder, page), as_json)
 
 
@@ -144,6 +147,37 @@ def export(
 
     _load(with_)
     print(export_run(Store(store), run, folder))
+
+
+@app.command(epilog="Example: elegans archive runs/quiet_features piece1.tar.xz")
+def archive(
+    store: StoreArg,
+    file: Annotated[Path, typer.Argument(metavar="FILE.tar.xz", help="Where to write it.")],
+    weights: Annotated[bool, typer.Option("--weights", help="Also parameters, for instruments: large.")] = False,
+) -> None:
+    """Write the finished cohorts of a store to one small file."""
+    from elegans.archive import archive as write
+    from elegans.store import Store
+
+    print(f"{write(Store(store), file, weights)} cohorts in {file}, {file.stat().st_size / 2**20:.1f} MiB")
+
+
+@app.command(epilog="Example: elegans merge runs/quiet_features piece1.tar.xz piece2.tar.xz")
+def merge(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store, made if there is none.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.tar.xz...", help="Archives.")],
+) -> None:
+    """Add the cohorts of archives to a store."""
+    from elegans.archive import merge as add
+    from elegans.errors import StoreError
+    from elegans.store import Store
+
+    missing = [f for f in files if not f.is_file()]
+    if missing:
+        raise StoreError(f"{missing[0]}: no such file; give an archive that `elegans archive` wrote")
+    opened = Store.create(store)
+    with opened.lock():
+        print(f"{add(opened, files)} new cohorts in {store}")
 
 
 @app.command(epilog="Example: elegans bench --replicas 8 --seconds 3")

@@ -20,16 +20,19 @@ from elegans.training.run import Run
 RANGE_LIMIT = 1_000_000  # values of one a..b
 
 
-def load_study(name: str) -> Study:
-    """The study of a `.py` file that defines `study`, a `.yaml` file, or a name that ships. Raises `Invalid`."""
+def load_study(name: str, small: bool = False) -> Study:
+    """The study of a `.py` file that defines `study`, a `.yaml` file, or a name that ships. Raises `Invalid`.
+
+    `small` asks for what the file defines as `small`, a version of the study for two CPU cores.
+    """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml") and not small:
         return from_yaml(path)
     if path.suffix == ".py":
-        return _checked(load_module(path), str(path), path.stem)
+        return _checked(load_module(path), str(path), path.stem, small)
     if name not in studies.names():
         raise Invalid("study", name, f"allowed: a .py or .yaml file, or one of {', '.join(studies.names())}")
-    return _checked(importlib.import_module(f"elegans.studies.{name}"), name, name)
+    return _checked(importlib.import_module(f"elegans.studies.{name}"), name, name, small)
 
 
 def load_module(path: Path) -> Any:
@@ -50,8 +53,10 @@ def load_module(path: Path) -> Any:
     return module
 
 
-def _checked(module: Any, name: str, stem: str) -> Study:
-    found = getattr(module, "study", None)
+def _checked(module: Any, name: str, stem: str, small: bool) -> Study:
+    found = getattr(module, "small" if small else "study", None)
+    if small and found is None:
+        raise Invalid("small", name, "the file defines no `small`; leave out --small")
     if isinstance(found, Study):
         return found
     if isinstance(found, Sequence) and all(isinstance(run, Run) for run in found):

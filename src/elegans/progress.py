@@ -55,9 +55,10 @@ class Display:
         waiting = [c.plan() for c in work.stored if not c.status()["finished"]] + work.new
         self.total = sum(_cost(plan) for plan in waiting)
         self.cohorts = len(waiting)
-        skipped = len(work.runs) - sum(len(plan.runs) for plan in waiting)
+        training = sum(len(plan.runs) for plan in waiting)
+        skipped = len(work.runs) - training
         note = f", {skipped} already finished" if skipped > 0 else ""
-        self.console.print(f"{len(work.runs)} runs in {self.cohorts} cohorts to train{note}; {work.device.device_kind}", highlight=False)
+        self.console.print(f"{training} runs in {self.cohorts} cohorts to train{note}; {work.device.device_kind}", highlight=False)
 
     def _on_cohort(self, detail: tuple[Cohort, CohortPlan, int]) -> None:
         _, plan, step = detail

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +25,9 @@ from elegans.training.ahead import Ahead
 from elegans.training.checkpoint import arrays_to_state
 from elegans.training.cohort import Programs
 from elegans.training.device import choose, memory_budget, provenance
-from elegans.training.planner import CohortPlan, plan
+from elegans.training.planner import CohortPlan, flops_per_step, plan
 from elegans.training.run import Run
-from elegans.training.train import Compiled, Progress, train_cohort
+from elegans.training.train import Checkpoint, Compiled, Progress, train_cohort
 
 Listener = Callable[[str, Any], None]  # (stage, detail)
 
@@ -44,6 +45,13 @@ class Study:
         """The study with fields of every run replaced; several values of a field sweep it. Equal runs become one."""
         made = [new for run in self.runs for new in specs.grid(run, axes)]
         return dataclasses.replace(self, runs=unique(made))
+
+    def within(self, flops: float | None) -> Study:
+        """The study without the runs that take more training FLOPs than this, by their own convention. Raises `Invalid`."""
+        kept = [run for run in self.runs if flops is None or (run.flops or run.length * flops_per_step(run)) <= flops]
+        if not kept:
+            raise Invalid("max-budget", flops, "allowed: at least the FLOPs of the cheapest run")
+        return dataclasses.replace(self, runs=kept)
 
 
 def unique(runs: Sequence[Run]) -> list[Run]:
@@ -74,12 +82,14 @@ def train(
     memory: str | None = None,
     again: bool = False,
     resume: bool = False,
+    minutes: float | None = None,
     listener: Listener = silent,
 ) -> Store:
     """Train runs into a store: finished ones are skipped, unfinished ones resume, `again` starts them anew.
 
-    `resume` insists that there is something to resume. Raises `Invalid` or `StoreError` before anything is compiled or written.
+    `resume` insists that there is something to resume. After so many `minutes` training stops at a checkpoint. Raises `Invalid` or `StoreError` before anything is compiled or written.
     """
+    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     work = prepare(runs, store, device=device, memory=memory, again=again, resume=resume)
     listener("plan", work)
     opened = Store.create(store)
@@ -91,7 +101,8 @@ def train(
         wanted = [(planned, s) for cohort, planned in unfinished for s in planned.segments if s.stop > cohort.status()["step"]]
         with Ahead(wanted, work.device) as ahead:
             for cohort, planned in unfinished:
-                _train(cohort, planned, ahead, listener)
+                if time.monotonic() < until:
+                    _train(cohort, planned, ahead, until, listener)
     return opened
 
 
@@ -168,8 +179,8 @@ def _unfinished(store: Store, runs: Sequence[Run]) -> list[tuple[Cohort, CohortP
     return [(c, c.plan()) for c in _holding(store.path, runs) if not c.status()["finished"]]
 
 
-def _train(cohort: Cohort, planned: CohortPlan, ahead: Ahead, listener: Listener) -> None:
-    """Train one cohort from its newest checkpoint, or from the start."""
+def _train(cohort: Cohort, planned: CohortPlan, ahead: Ahead, until: float, listener: Listener) -> None:
+    """Train one cohort from its newest checkpoint, or from the start; stop at a checkpoint once it is late."""
     found = cohort.newest_state()
     if found is None and cohort.status()["step"]:
         raise StoreError(f"{cohort.path}: every checkpoint is gone or damaged; start these runs afresh with --again")
@@ -190,6 +201,8 @@ def _train(cohort: Cohort, planned: CohortPlan, ahead: Ahead, listener: Listener
             spent["compiling"] += event.seconds
             spent["ahead"] += event.ahead
         listener("event", event)
-    record = {"from_step": step, "steps": planned.steps - step, "seconds": time.perf_counter() - began, **spent}
+        if isinstance(event, Checkpoint) and time.monotonic() > until:
+            break
+    record = {"from_step": step, "steps": cohort.status()["step"] - step, "seconds": time.perf_counter() - began, **spent}
     with (cohort.path / "timings.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

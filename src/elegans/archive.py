@@ -1,0 +1,93 @@
+"""Finished cohorts of a store as one small file, and such files back into one store.
+
+A machine lent for minutes trains what it can, its finished cohorts leave as an archive, and the archives of
+many such pieces merge into the store that the study goes on from. Files are copied as they are, so that a
+cohort is the same bits wherever it was trained.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from elegans.errors import StoreError
+from elegans.files import file_digest, replacing
+from elegans.store import FORMAT, TABLES, Store
+
+WEIGHTS = ("state-*", "weights-*")  # what makes a store large
+
+
+def archive(store: Store, file: Path, weights: bool = False) -> int:
+    """Write the finished cohorts, and what instruments measured of each, to a `.tar.xz`; return their number.
+
+    Without `weights` the parameters stay behind: rows, specs and provenance are all there, but instruments
+    have nothing to measure. The same cohorts give the same bytes. Raises `StoreError` where nothing is finished.
+    """
+    finished = [c for c in store.cohorts() if c.status()["finished"]]
+    if not finished:
+        raise StoreError(f"{store.path}: no finished cohort to archive")
+    with replacing(file) as temporary, tarfile.open(temporary, "w:xz", preset=6) as tar:
+        for path in _files(store, [c.id for c in finished], weights):
+            entry = tarfile.TarInfo(str(path.relative_to(store.path)))  # no time, no owner
+            content = path.read_bytes()
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return len(finished)
+
+
+def _files(store: Store, cohorts: list[str], weights: bool) -> Iterator[Path]:
+    yield store.path / "format.json"
+    if (store.path / "study.json").exists():
+        yield store.path / "study.json"
+    for cohort in cohorts:
+        folder = store.path / "cohorts" / cohort
+        left = set() if weights else {p for pattern in WEIGHTS for p in folder.glob(pattern)}
+        yield from sorted(p for p in folder.rglob("*") if p.is_file() and p not in left)
+        yield from sorted(store.path.glob(f"rows/*/{cohort}.parquet"))
+
+
+def merge(store: Store, files: list[Path]) -> int:
+    """Add the cohorts of archives to a store; return how many were new. Those that it has already are left alone.
+
+    An unfinished cohort of the store gives way to the archive's finished one. Raises `StoreError` for a file that is no
+    archive, and where a cohort was trained twice with different results; nothing of that archive is added then.
+    """
+    return sum(_merge(store, file) for file in files)
+
+
+def _merge(store: Store, file: Path) -> int:
+    with tempfile.TemporaryDirectory(dir=store.path, prefix=".merge-") as temporary:
+        folder = Path(temporary)
+        try:
+            with tarfile.open(file, "r:xz") as tar:
+                tar.extractall(folder, filter="data")
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise StoreError(f"{file}: no archive of a store ({str(error).splitlines()[0]}); make one with `elegans archive`") from None
+        if not (folder / "format.json").exists():
+            raise StoreError(f"{file}: no archive of a store, format.json is missing; this elegans reads format {FORMAT}")
+        have = {c.id: c for c in store.cohorts() if c.status()["finished"]}
+        came = Store(folder).cohorts()
+        for cohort in came:
+            if cohort.id in have and _results(cohort.path) != _results(have[cohort.id].path):
+                raise StoreError(f"{file}: cohort {cohort.id} is in {store.path} with other results; keep them in two stores")
+        new = [c for c in came if c.id not in have]
+        store.remove([c for c in store.cohorts() if c.id in {n.id for n in new}])
+        for cohort in new:
+            shutil.move(cohort.path, store.path / "cohorts" / cohort.id)
+        for rows in sorted(folder.glob("rows/*/*.parquet")):
+            there = store.path / rows.relative_to(folder)
+            if not there.exists():
+                there.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(rows, there)
+        if (folder / "study.json").exists() and not (store.path / "study.json").exists():
+            shutil.move(folder / "study.json", store.path / "study.json")
+    return len(new)
+
+
+def _results(folder: Path) -> dict[str, str]:
+    """Digests of a finished cohort's tables."""
+    return {t: file_digest(folder / f"{t}.parquet") for t in TABLES if (folder / f"{t}.parquet").exists()}

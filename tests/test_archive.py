@@ -1,0 +1,97 @@
+"""Finished cohorts leave a store as a file and come back bit for bit."""
+
+import shutil
+import tarfile
+
+import pytest
+
+from elegans.store import Store
+from running import elegans
+
+STUDY = """
+import elegans as el
+
+run = el.Run(el.Addition(length=3), el.Transformer(layers=1, d_model=4, heads=2), batch=2, steps=4, record=el.Record(examples=4, weights=el.At()))
+study = el.Study(el.grid(run, {"model.d_model": [4, 8], "seed": [0, 1]}), (el.Probe(fit=8, test=8, at="final"),))
+small = el.Study(study.runs[:1], name="less")
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archive")
+    (folder / "archived_study.py").write_text(STUDY)
+    assert elegans("run", folder / "archived_study.py", "--store", folder / "store").status == 0
+    return folder
+
+
+def files(store, weights):
+    """Every file of the cohorts and rows, by name; parameters only if asked for."""
+    found = [p for part in ("cohorts", "rows") for p in (store / part).rglob("*") if p.is_file()]
+    return {p.relative_to(store): p.read_bytes() for p in found if weights or not p.name.startswith(("state-", "weights-"))}
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_an_archive_brings_back_every_bit(trained, tmp_path, weights):
+    flags = ["--weights"] if weights else []
+    assert "2 cohorts" in elegans("archive", trained / "store", tmp_path / "a.tar.xz", *flags).out
+    elegans("archive", trained / "store", tmp_path / "b.tar.xz", *flags)
+    assert (tmp_path / "a.tar.xz").read_bytes() == (tmp_path / "b.tar.xz").read_bytes()
+    assert "2 new cohorts" in elegans("merge", tmp_path / "other", tmp_path / "a.tar.xz").out
+    assert files(tmp_path / "other", weights=True) == files(trained / "store", weights)
+    assert Store(tmp_path / "other").sql("select * from metrics").equals(Store(trained / "store").sql("select * from metrics"))
+    again = elegans("run", trained / "archived_study.py", "--store", tmp_path / "other")
+    assert "0 runs in 0 cohorts to train, 4 already finished" in again.err
+
+
+def test_pieces_merge_and_repeat_nothing(trained, tmp_path):
+    store, pieces = Store(trained / "store"), []
+    for i, cohort in enumerate(store.cohorts()):
+        part = tmp_path / f"part{i}"
+        shutil.copytree(store.path, part)
+        Store(part).remove([c for c in Store(part).cohorts() if c.id != cohort.id])
+        elegans("archive", part, tmp_path / f"{i}.tar.xz")
+        pieces.append(tmp_path / f"{i}.tar.xz")
+    assert "2 new" in elegans("merge", tmp_path / "whole", *pieces).out
+    assert "0 new" in elegans("merge", tmp_path / "whole", *pieces).out
+    assert set(files(tmp_path / "whole", True)) == set(files(store.path, False))
+
+
+def test_refusals_are_one_line(trained, tmp_path):
+    elegans("archive", trained / "store", tmp_path / "a.tar.xz")
+    (tmp_path / "text.tar.xz").write_text("no archive")
+    with tarfile.open(tmp_path / "other.tar.xz", "w:xz") as tar:
+        tar.add(trained / "archived_study.py", "archived_study.py")
+    shutil.copytree(trained / "store", tmp_path / "changed")
+    metrics = sorted((tmp_path / "changed").glob("cohorts/*/metrics.parquet"))
+    shutil.copy(metrics[0], metrics[1])
+    before = files(tmp_path / "changed", True)
+    for name, word in (("text", "no archive"), ("other", "format.json is missing"), ("a", "other results"), ("none", "no such file")):
+        answer = elegans("merge", tmp_path / "changed", tmp_path / f"{name}.tar.xz")
+        assert answer.status == 2 and word in answer.err and answer.err.count("\n") == 1
+    assert files(tmp_path / "changed", True) == before
+
+
+def test_small_and_budgets_choose_runs(trained, tmp_path):
+    few = elegans("run", trained / "archived_study.py", "--small", "--plan", "--store", tmp_path / "s")
+    assert few.status == 0 and few.out.count("1 to 4") == 1
+    runs = {run.flops_per_step * run.length for run in map(_run, Store(trained / "store").lines())}
+    cheap = elegans("run", trained / "archived_study.py", "--max-budget", str(min(runs) * 1.5), "--plan", "--store", tmp_path / "s")
+    assert cheap.status == 0 and cheap.out.count("2 to 4") == 1
+    none = elegans("run", trained / "archived_study.py", "--max-budget", "1", "--store", tmp_path / "s")
+    assert none.status == 2 and "max-budget" in none.err
+
+
+def _run(line):
+    import elegans as el
+    from elegans.specs import from_dict
+
+    return from_dict(el.Run, line["spec"])
+
+
+def test_minutes_end_training_at_a_checkpoint(trained, tmp_path):
+    first = elegans("run", trained / "archived_study.py", "--store", tmp_path / "s", "--minutes", "0")
+    assert first.status == 0 and not any(c.status()["finished"] for c in Store(tmp_path / "s").cohorts())
+    elegans("run", trained / "archived_study.py", "--store", tmp_path / "s")
+    kept = {k: v for k, v in files(trained / "store", True).items() if k.name not in ("timings.jsonl", "provenance.json")}
+    assert {k: v for k, v in files(tmp_path / "s", True).items() if k in kept} == kept
