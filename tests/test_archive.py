@@ -11,7 +11,8 @@ from running import elegans
 STUDY = """
 import elegans as el
 
-run = el.Run(el.Addition(length=3), el.Transformer(layers=1, d_model=4, heads=2), batch=2, steps=4, record=el.Record(examples=4, weights=el.At()))
+record = el.Record(examples=4, weights=el.At())
+run = el.Run(el.Addition(length=3), el.Transformer(layers=1, d_model=4, heads=2), batch=2, steps=4, record=record)
 study = el.Study(el.grid(run, {"model.d_model": [4, 8], "seed": [0, 1]}), (el.Probe(fit=8, test=8, at="final"),))
 small = el.Study(study.runs[:1], name="less")
 """

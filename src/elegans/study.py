@@ -87,7 +87,8 @@ def train(
 ) -> Store:
     """Train runs into a store: finished ones are skipped, unfinished ones resume, `again` starts them anew.
 
-    `resume` insists that there is something to resume. After so many `minutes` training stops at a checkpoint. Raises `Invalid` or `StoreError` before anything is compiled or written.
+    `resume` insists that there is something to resume.
+    After so many `minutes` training stops at a checkpoint. Raises `Invalid` or `StoreError` before anything is compiled or written.
     """
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     work = prepare(runs, store, device=device, memory=memory, again=again, resume=resume)
