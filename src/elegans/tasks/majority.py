@@ -18,11 +18,10 @@ from elegans.types import Example, Truth
 GROUPS, QUORUM = 4, 3  # groups that vote, and those whose bit must be 1
 
 
-def answered(*prompt: Int[Array, " n"] | Bool[Array, ""]) -> tuple[Int[Array, " position"], Bool[Array, " position"]]:
-    """Tokens and scored marks of a prompt, `=`, one bit and the end; the last argument is the bit."""
-    *shown, bit = prompt
-    tokens = jnp.concatenate([*shown, jnp.stack([jnp.int32(EQUALS), bit.astype(jnp.int32), jnp.int32(EOS)])])
-    return tokens, jnp.arange(tokens.shape[0]) >= tokens.shape[0] - 3
+def answered(prompt: Int[Array, " n"], bit: Int[Array, ""] | Bool[Array, ""]) -> tuple[Int[Array, " position"], Bool[Array, " position"]]:
+    """Tokens and scored marks of a prompt, `=`, one bit and the end."""
+    tokens = jnp.concatenate([prompt, jnp.stack([jnp.int32(EQUALS), bit.astype(jnp.int32), jnp.int32(EOS)])])
+    return tokens, jnp.arange(tokens.shape[0]) >= prompt.shape[0]
 
 
 @spec
@@ -162,7 +161,7 @@ class InnerProduct(Task):
         n = self.length
         x, y = random_bits(key, 2, n)
         partial = jnp.cumsum(x & y) % 2
-        tokens, scored = answered(x, jnp.array([PLUS]), y, partial[-1])
+        tokens, scored = answered(jnp.concatenate([x, jnp.array([PLUS]), y]), partial[-1])
         return Example(tokens, scored, {"partial": Truth(partial, n + 1 + jnp.arange(n))})
 
     def content(self, example: Example) -> Int[Array, " words"]:
