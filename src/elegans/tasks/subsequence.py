@@ -15,7 +15,7 @@ from elegans.tasks.sequences import SYMBOLS, answered, sequence_content, sequenc
 from elegans.types import Example, Truth
 
 LARGEST = 9  # numbers are 1 .. 9
-UNROLL = 32  # rows of the table written out in the program; a GPU starts a loop's every step anew
+UNROLL = 16  # rows of the table written out in the program; a GPU starts a loop's every step anew
 
 
 @spec
