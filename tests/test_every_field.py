@@ -23,6 +23,7 @@ import elegans
 from elegans import (
     MLP,
     WSD,
+    ActivitySelection,
     AdamW,
     Addition,
     At,
@@ -30,15 +31,22 @@ from elegans import (
     Constant,
     Cosine,
     Every,
+    InnerProduct,
     LayerNorm,
     Learned,
     Linear,
     LogSpaced,
+    LongestCommonSubsequence,
+    Majority,
+    MajorityOfMajority,
+    MaximumSubarray,
+    Multiplication,
     Parity,
     Record,
     RMSNorm,
     Rotary,
     Run,
+    Sorting,
     Spec,
     Split,
     SwiGLU,
@@ -103,6 +111,7 @@ def on(path: str, value: Spec) -> Run:
     return replace(BASE, path, value)
 
 
+SIZED = (ActivitySelection, InnerProduct, LongestCommonSubsequence, Majority, MajorityOfMajority, MaximumSubarray, Sorting)
 CASES: dict[type[Spec], dict[str, list[Pair]]] = {
     Addition: at("task", {"length": [4], "cot": [True], "inputs": ["msb"], "outputs": ["msb"], "split": [None, Split(0.8, 0.1)]}),
     Parity: at(
@@ -110,6 +119,12 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
         {"length": [7], "shortest": [3, None], "cot": [False], "compat": ["paper"], "split": [None]},
         on("task", Parity(length=5, shortest=2)),
     ),
+    Multiplication: at(
+        "task",
+        {"length": [4], "inputs": ["msb"], "outputs": ["msb"], "split": [None, Split(0.8, 0.1)]},
+        on("task", Multiplication(length=3)),
+    ),
+    **{kind: at("task", {"length": [6], "split": [None, Split(0.8, 0.1)]}, on("task", kind(length=4))) for kind in SIZED},
     Split: at("task.split", {"train": [0.7], "validation": [0.09], "key": [1]}, BASE, on("task", Addition(length=9))),
     Transformer: at(
         "model",

@@ -13,7 +13,8 @@ _HOME = {
     "specs": "Spec field fields grid identity note replace spec structure varies",
     "store": "Store",
     "study": "Study run_study train",
-    "tasks": "Addition Parity Split Task",
+    "tasks": "ActivitySelection Addition InnerProduct LongestCommonSubsequence Majority MajorityOfMajority MaximumSubarray Multiplication "
+    "Parity Sorting Split Task",
     "training": "AdamW At Constant Cosine Every Linear LogSpaced Optimizer Record Run Schedule State Update WSD When",
     "types": "Example Trace Truth",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from elegans.specs import field, spec
-from elegans.tasks.base import SMALL_SPACE, Split, Task
-from elegans.tasks.bits import carries, coin_entropy, pack, random_bits, unordered
+from elegans.tasks.base import Split, Task
+from elegans.tasks.bits import EOS, EQUALS, PLUS, SYMBOLS, Order, carries, coin_entropy, pair_content, pair_contents, random_bits
 from elegans.types import Example, Truth
-
-PLUS, EQUALS, EOS = 2, 3, 4
-Order = Literal["lsb", "msb"]
 
 
 @spec
@@ -40,7 +37,7 @@ class Addition(Task):
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        return ("0", "1", "+", "=", "$")
+        return SYMBOLS
 
     @property
     def positions(self) -> int:
@@ -78,15 +75,11 @@ class Addition(Task):
         x, y = example.tokens[:n], example.tokens[n + 1 : 2 * n + 1]
         if self.inputs == "msb":
             x, y = x[::-1], y[::-1]
-        small, large = unordered(pack(x), pack(y))
-        if self.contents is None:
-            return jnp.concatenate([small, large])
-        return large * (large + 1) // 2 + small  # the rank of an unordered pair
+        return pair_content(x, y)
 
     @property
     def contents(self) -> int | None:
-        pairs = 2**self.length * (2**self.length + 1) // 2
-        return pairs if pairs < SMALL_SPACE else None
+        return pair_contents(self.length)
 
     def scored_tokens(self) -> float:
         return float(self._answer_length + 2)

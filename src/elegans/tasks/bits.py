@@ -1,12 +1,19 @@
-"""Numbers as bits, least significant first: shared by the tasks of arithmetic."""
+"""Numbers as bits, least significant first: the vocabulary, the draws and the contents that tasks on bits share."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+from elegans.tasks.base import SMALL_SPACE
+
+SYMBOLS = ("0", "1", "+", "=", "$")
+PLUS, EQUALS, EOS = 2, 3, 4
+Order = Literal["lsb", "msb"]
 
 
 def random_bits(key: jax.Array, *shape: int) -> Int[Array, "*shape"]:
@@ -26,6 +33,20 @@ def unordered(x: Int[Array, " word"], y: Int[Array, " word"]) -> tuple[Array, Ar
     for i in range(x.shape[0]):  # from the least significant word up: the last difference decides
         less = jnp.where(x[i] == y[i], less, x[i] < y[i])
     return jnp.where(less, x, y), jnp.where(less, y, x)
+
+
+def pair_contents(length: int) -> int | None:
+    """How many unordered pairs of numbers of `length` bits there are, or None where that is 2**16 or more."""
+    pairs = 2**length * (2**length + 1) // 2
+    return pairs if pairs < SMALL_SPACE else None
+
+
+def pair_content(x: Int[Array, " bit"], y: Int[Array, " bit"]) -> Int[Array, " words"]:
+    """The content of an unordered pair of numbers: its rank among `pair_contents`, or both numbers where that is None."""
+    small, large = unordered(pack(x), pack(y))
+    if pair_contents(x.shape[0]) is None:
+        return jnp.concatenate([small, large])
+    return large * (large + 1) // 2 + small
 
 
 def carries(x: Int[Array, " bit"], y: Int[Array, " bit"]) -> Int[Array, " bit"]:
