@@ -13,7 +13,7 @@ _HOME = {
     "specs": "Spec field fields grid identity note replace spec structure varies",
     "store": "Store",
     "study": "Study run_study train",
-    "tasks": "Addition Parity Split Task",
+    "tasks": ("Addition BreadthFirstSearch DepthFirstSearch GraphTask MinimumSpanningTree Parity ShortestPath Split Task TopologicalSort"),
     "training": "AdamW At Constant Cosine Every Linear LogSpaced Optimizer Record Run Schedule State Update WSD When",
     "types": "Example Trace Truth",
 }
