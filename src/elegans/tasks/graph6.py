@@ -41,7 +41,8 @@ def _check_lines(path: str, lines: list[bytes], vertices: int) -> None:
         if min(line) < OFFSET or max(line) > OFFSET + 63 or (found == vertices and (len(line) != 1 + -(-edges // 6) or spare)):
             raise Invalid("graphs", path, f"line {number} is no graph6; {WANTED}")
         if found != vertices:
-            raise Invalid("graphs", path, f"line {number} has {min(found, 63)} vertices; allowed: vertices={vertices}")
+            many = "63 or more" if found == 63 else found
+            raise Invalid("graphs", path, f"line {number} has {many} vertices; allowed: vertices={vertices}")
 
 
 def decode(lines: list[bytes], vertices: int) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import abc
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -114,7 +116,9 @@ def relabelled(key: jax.Array, edges: Bool[Array, " edge"], vertices: int) -> Bo
 
 def places(bits: Bool[Array, " edge"], count: int) -> Int[Array, " count"]:
     """Where the first `count` set bits are; the number of bits where there are fewer."""
-    return (jnp.cumsum(bits) <= jnp.arange(count)[:, None]).sum(1)
+    total = bits.shape[0]
+    to = jnp.where(bits, jnp.cumsum(bits) - 1, count + jnp.arange(total))  # the unset ones fall off the end
+    return jnp.full(count, total).at[to].set(jnp.arange(total), mode="drop", unique_indices=True)
 
 
 def inverse(rank: Int[Array, " vertex"]) -> Int[Array, " vertex"]:
@@ -174,9 +178,9 @@ class Solution(NamedTuple):
     starts: Int[Array, " start"]
     pairs: AnyArray  # [edge, 2]: how each edge is written, whether it is there or not
     answer: Int[Array, " token"]
-    count: Int[Array, ""] | int  # tokens of the answer that are there
-    at_edges: dict[str, Array] = {}  # noqa: RUF012 (never changed). Binary, read at the second token of each edge
-    at_answer: dict[str, Array] = {}  # noqa: RUF012. Multilabel, read at each token of the answer
+    length: Int[Array, ""] | int  # tokens of the answer that are there
+    at_edges: Mapping[str, Array] = MappingProxyType({})  # binary, read at the second token of each edge
+    at_answer: Mapping[str, Array] = MappingProxyType({})  # multilabel, read at each token of the answer
 
 
 @spec
@@ -237,13 +241,13 @@ class GraphTask(Task):
         order = jnp.minimum(places(edges, self._pairs), self._pairs - 1)  # of the edges that are there, then anything
         prompt = jnp.concatenate([solution.starts, jnp.asarray(solution.pairs)[order].reshape(-1)])
         equals = self.starts + 2 * edges.sum()
-        end = equals + solution.count + 1
+        end = equals + solution.length + 1
         asked = jnp.pad(prompt, (0, self.positions - len(prompt)))
         written = solution.answer[jnp.clip(p - equals - 1, 0, self.answer_length - 1)]
         tokens = jnp.select([p < equals, p == equals, p < end], [asked, EQUALS, written], EOS)
         scored = (p >= equals + (0 if self.compat == "paper" else 1)) & (p <= end)
         truth = {name: self._at_edges(values[order], edges) for name, values in solution.at_edges.items()}
-        truth |= {name: self._at_answer(values, equals, solution.count) for name, values in solution.at_answer.items()}
+        truth |= {name: self._at_answer(values, equals, solution.length) for name, values in solution.at_answer.items()}
         return Example(tokens, scored, truth)
 
     def _at_edges(self, values: Array, edges: Array) -> Truth:
@@ -262,8 +266,8 @@ class GraphTask(Task):
         listed = example.tokens[self.starts : self.starts + 2 * self._pairs].reshape(-1, 2)
         u, v = listed.min(1), listed.max(1)  # an oriented edge is written tail first
         there = self.starts + 2 * k < jnp.argmax(example.tokens == EQUALS)
-        place = jnp.where(there, u * (2 * n - u - 1) // 2 + v - u - 1, -1)
-        words = pack((place == k[:, None]).any(1).astype(jnp.int32))
+        place = jnp.where(there, u * (2 * n - u - 1) // 2 + v - u - 1, self._pairs + k)  # where nothing is listed: off the end
+        words = pack(jnp.zeros(self._pairs, jnp.int32).at[place].set(1, mode="drop", unique_indices=True))
         return words if self.contents is None else jnp.asarray(_ranks(n))[words]
 
     @property
