@@ -3,24 +3,35 @@
 from elegans.tasks.activity import ActivitySelection
 from elegans.tasks.addition import Addition
 from elegans.tasks.base import Split, Task
+from elegans.tasks.graphs import GraphTask
 from elegans.tasks.majority import InnerProduct, Majority, MajorityOfMajority
 from elegans.tasks.multiplication import Multiplication
+from elegans.tasks.ordering import TopologicalSort
 from elegans.tasks.parity import Parity
+from elegans.tasks.paths import ShortestPath
 from elegans.tasks.sorting import Sorting
+from elegans.tasks.spanning import MinimumSpanningTree
 from elegans.tasks.subarray import MaximumSubarray
 from elegans.tasks.subsequence import LongestCommonSubsequence
+from elegans.tasks.traversal import BreadthFirstSearch, DepthFirstSearch
 
 __all__ = [
     "ActivitySelection",
     "Addition",
+    "BreadthFirstSearch",
+    "DepthFirstSearch",
+    "GraphTask",
     "InnerProduct",
     "LongestCommonSubsequence",
     "Majority",
     "MajorityOfMajority",
     "MaximumSubarray",
+    "MinimumSpanningTree",
     "Multiplication",
     "Parity",
+    "ShortestPath",
     "Sorting",
     "Split",
     "Task",
+    "TopologicalSort",
 ]

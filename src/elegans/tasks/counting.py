@@ -23,14 +23,21 @@ def rows(task: Task, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
     return np.asarray(drawn.tokens), np.asarray(drawn.scored)
 
 
+def aligned(tokens: np.ndarray, scored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same rows, turned so that each begins with its first scored token: where outputs begin differs in some tasks."""
+    turn = (np.arange(scored.shape[1]) + scored.argmax(1)[:, None]) % scored.shape[1]
+    return np.take_along_axis(tokens, turn, 1), np.take_along_axis(scored, turn, 1)
+
+
 @functools.cache
 def plateau(task: Task, count: int = ROWS) -> float:
     """Best loss that sees only the output position, nats per scored token, from counts of tokens at every position.
 
+    Positions are counted from the first scored token.
     The entropy of counted shares is too small by about (symbols - 1) / (2 rows) a position; that much is
     added (Miller 1955, "Note on the bias of information estimates").
     """
-    tokens, scored = rows(task, count)
+    tokens, scored = aligned(*rows(task, count))
     counts = np.stack([((tokens == v) & scored).sum(0) for v in range(task.vocab_size)])  # [vocab, position]
     total = counts.sum(0)
     nats = total * np.log(np.maximum(total, 1)) - (counts * np.log(np.maximum(counts, 1))).sum(0)
