@@ -94,7 +94,8 @@ def majority_of_majority(prompt: list[str]) -> Row:
     sums = tuple(sum(bits[g * size : (g + 1) * size]) for g in range(4))
     votes = tuple(int(2 * s > size) for s in sums)
     equals = len(bits)
-    truth: dict[str, Reads] = {"group_sum": [(equals, sums)], "group_bit": [(equals, votes)], "running_count": running_count(bits)}
+    counts = [(i, sum(bits[i - i % size : i + 1])) for i in range(len(bits))]  # of the bit's own group
+    truth: dict[str, Reads] = {"group_sum": [(equals, sums)], "group_bit": [(equals, votes)], "running_count": counts}
     return row(prompt, [int(sum(votes) >= 3)], truth)
 
 

@@ -379,5 +379,5 @@ def test_unusable_files_of_graphs_are_refused_in_one_line(tmp_path) -> None:
 
 def test_more_vertices_than_symbols_are_refused() -> None:
     for vertices in (1, 27):
-        with pytest.raises(Invalid, match="^vertices: "):
+        with pytest.raises(Invalid, match=r"^vertices: "):
             BreadthFirstSearch(vertices=vertices)

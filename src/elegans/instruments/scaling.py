@@ -1,0 +1,192 @@
+"""Scaling: the best loss of a grid at every training budget, where it leaves its plateau, and how it falls."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import optimize
+
+from elegans import specs
+from elegans.errors import Invalid
+from elegans.instruments.base import StoreInstrument
+from elegans.instruments.transition import crossing, interval
+from elegans.randomness import stable_hash
+from elegans.specs import field, identity, spec
+from elegans.store import Store
+from elegans.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """One finished run: its budget in FLOPs, its configuration without seed and budget, its last scores."""
+
+    task: str
+    flops: float
+    configuration: str
+    run: str
+    validation: float
+    test: float
+    exact_match: float
+
+
+def power_law(flops: Sequence[float], loss: Sequence[float]) -> tuple[float, float] | None:
+    """(a, b) of loss = a * flops^-b by least squares of logarithms; None below three points."""
+    if len(flops) < 3 or min(loss) <= 0:
+        return None
+    slope, offset = np.polyfit(np.log(flops), np.log(loss), 1)
+    return float(math.exp(offset)), float(-slope)
+
+
+def broken_power_law(flops: Sequence[float], loss: Sequence[float]) -> tuple[float, float, float] | None:
+    """(b1, break, b2): two power laws that meet, slopes before and after, the break in FLOPs; None below five points.
+
+    log loss is piecewise linear in log flops; the break is the one with the least squared error.
+    """
+    if len(flops) < 5 or min(loss) <= 0:
+        return None
+    x, y = np.log(flops), np.log(loss)
+
+    def fitted(at: float) -> tuple[np.ndarray, float]:
+        design = np.stack([np.ones_like(x), np.minimum(x - at, 0), np.maximum(x - at, 0)], 1)
+        beta, *_ = np.linalg.lstsq(design, y, rcond=None)
+        return beta, float(((design @ beta - y) ** 2).sum())
+
+    tried = np.linspace(x[1], x[-2], 101)
+    start = tried[int(np.argmin([fitted(at)[1] for at in tried]))]
+    near = optimize.minimize_scalar(lambda at: fitted(at)[1], bounds=(max(x[1], start - 0.5), min(x[-2], start + 0.5)), method="bounded")
+    beta = fitted(near.x)[0]
+    return float(-beta[1]), float(math.exp(near.x)), float(-beta[2])
+
+
+@spec
+class Scaling(StoreInstrument):
+    """The best loss of a grid over training FLOPs, one curve a task.
+
+    Table `scaling`, a row per task and budget: at each budget the configuration (everything but seed and budget) with the
+    lowest mean validation loss, and its `loss` (nats per scored token) and `exact_match` on TEST rows, which
+    chose nothing; `low` and `high` are t intervals over its seeds, null for fewer than three. The chance level of the loss is
+    `plateau`, its best `floor`.
+
+    Table `scaling_fit`, a row per task and quantity, with bootstrap intervals over seeds (every configuration's seeds drawn
+    again, the best one chosen again): `leaves`, FLOPs at which the curve has fallen by `share` of the way from plateau to
+    floor for good; `half`, the same half-way; `slope`, b of loss - floor = a * FLOPs^-b beyond `leaves`; `break`, FLOPs at the
+    break of a broken power law, `slope_before` and `slope_after` it. Missing where the budgets do not reach it.
+    """
+
+    share: float = field(0.1, "part of the way from plateau to floor that counts as having left the plateau", gt=0, lt=1)
+    draws: int = field(200, "bootstrap draws", ge=10, le=100_000)
+    confidence: float = field(0.95, "coverage of the intervals", gt=0, lt=1)
+
+    def tables(self, store: Store) -> dict[str, pa.Table]:
+        ended, tasks = _ended(store)
+        if not ended:
+            raise Invalid("store", str(store.path), "scaling needs finished runs with test losses")
+        best, fits = [], []
+        for name, task in tasks.items():
+            mine = _by_budget([e for e in ended if e.task == name])
+            bounds = {"floor": task.floor(), "plateau": task.plateau()}
+            best += [{"task": name, "flops": flops, **self._best(runs), **bounds} for flops, runs in mine.items()]
+            fits += [{"task": name, **row} for row in self._fits(mine, **bounds)]
+        return {"scaling": pa.Table.from_pylist(best), "scaling_fit": pa.Table.from_pylist(fits, schema=_FIT)}
+
+    def _best(self, configurations: dict[str, list[Ended]]) -> dict[str, Any]:
+        runs = _chosen(configurations)
+        mean, low, high = interval([r.test for r in runs], self.confidence)
+        exact = float(np.mean([r.exact_match for r in runs]))
+        count = {"seeds": len(runs), "configurations": len(configurations)}
+        return {"configuration": runs[0].configuration, **count, "loss": mean, "low": low, "high": high, "exact_match": exact}
+
+    def _fits(self, mine: dict[float, dict[str, list[Ended]]], floor: float | None, plateau: float | None) -> list[dict[str, Any]]:
+        rng, flops = np.random.default_rng(0), list(mine)
+
+        def curve(again: bool) -> list[float]:
+            return [float(np.mean([r.test for r in _chosen(_resampled(c, rng) if again else c)])) for c in mine.values()]
+
+        found = self._facts(flops, curve(False), floor, plateau)
+        drawn = [self._facts(flops, curve(True), floor, plateau) for _ in range(self.draws)]
+        tails = (0.5 - self.confidence / 2, 0.5 + self.confidence / 2)
+        rows = []
+        for name, value in found.items():
+            known = [x for d in drawn if (x := d[name]) is not None]
+            low, high = np.quantile(known, tails) if value is not None and len(known) == len(drawn) else (None, None)
+            rows.append({"quantity": name, "value": value, "low": low, "high": high, "budgets": len(flops)})
+        return rows
+
+    def _facts(self, flops: list[float], loss: list[float], floor: float | None, plateau: float | None) -> dict[str, float | None]:
+        facts: dict[str, float | None] = dict.fromkeys(("leaves", "half", "slope", "break", "slope_before", "slope_after"))
+        if floor is None or plateau is None:
+            return facts
+        for name, share in (("leaves", self.share), ("half", 0.5)):
+            level = plateau - share * (plateau - floor)
+            facts[name] = crossing(flops, [-x for x in loss], -level)
+        above = [x - floor for x in loss]
+        left = facts["leaves"]
+        beyond = [(c, x) for c, x in zip(flops, above, strict=True) if left is not None and c >= left]
+        law = power_law(*zip(*beyond, strict=True)) if beyond else None
+        facts["slope"] = law[1] if law else None
+        broken = broken_power_law(flops, above)
+        if broken:
+            facts |= dict(zip(("slope_before", "break", "slope_after"), broken, strict=True))
+        return facts
+
+
+_FIT = pa.schema(
+    [("task", pa.string()), ("quantity", pa.string())] + [(n, pa.float64()) for n in ("value", "low", "high")] + [("budgets", pa.int64())]
+)
+
+
+def _ended(store: Store) -> tuple[list[Ended], dict[str, Task]]:
+    """Finished runs with their last scores, and their tasks by name."""
+    last = "arg_max(loss, step) as loss, arg_max(exact_match, step) as exact"
+    query = f"select run, split, {last} from metrics where split <> 'train' group by all"
+    scores: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in store.sql(query).to_pylist() if store.has("metrics") else []:
+        if row["loss"] is not None:
+            scores.setdefault(row["run"], {})[row["split"]] = (row["loss"], row["exact"])
+    ended: list[Ended] = []
+    tasks: dict[str, Task] = {}
+    for line in store.lines():
+        found = scores.get(line["run"], {})
+        task = specs.from_dict(Task, line["spec"]["task"])
+        name = task.kind if tasks.setdefault(task.kind, task) == task else f"{task.kind} {identity(task)}"
+        tasks[name] = task
+        if {"validation", "test"} <= set(found):
+            budget = line["spec"].get("flops") or line["length"] * line["flops_per_step"]
+            ended.append(Ended(name, budget, _configuration(line["spec"]), line["run"], found["validation"][0], *found["test"]))
+    return ended, tasks
+
+
+def _configuration(spec: dict[str, Any]) -> str:
+    """What is chosen at a budget: every field but seeds, lengths and what is recorded."""
+    lengths = ("steps", "examples", "epochs", "flops")
+    rest = {
+        k: v for k, v in specs.flat(spec).items() if not k.startswith("record") and k not in ("seed", "data_seed", "init_seed", *lengths)
+    }
+    shown = ("model.d_model", "model.layers", "batch", "optim.lr")
+    label = " ".join(f"{k.rpartition('.')[2]}={rest[k]:g}" for k in shown if isinstance(rest.get(k), (int, float)))
+    other = json.dumps({k: v for k, v in rest.items() if k not in shown}, sort_keys=True)
+    return f"{label} {stable_hash(other) % 16**4:04x}"
+
+
+def _by_budget(ended: list[Ended]) -> dict[float, dict[str, list[Ended]]]:
+    """Budget to configuration to its seeds, ascending."""
+    found: dict[float, dict[str, list[Ended]]] = {}
+    for run in sorted(ended, key=lambda e: (e.flops, e.configuration, e.run)):
+        found.setdefault(run.flops, {}).setdefault(run.configuration, []).append(run)
+    return found
+
+
+def _chosen(configurations: dict[str, list[Ended]]) -> list[Ended]:
+    """The runs of the configuration with the lowest mean validation loss."""
+    return min(configurations.values(), key=lambda runs: float(np.mean([r.validation for r in runs])))
+
+
+def _resampled(configurations: dict[str, list[Ended]], rng: np.random.Generator) -> dict[str, list[Ended]]:
+    """Every configuration with its seeds drawn again, with replacement."""
+    return {name: [runs[i] for i in rng.integers(len(runs), size=len(runs))] for name, runs in configurations.items()}

@@ -1,0 +1,111 @@
+"""Are a task's intermediate results readable inside a network before its loss moves?
+
+    elegans run quiet_features --max-budget 1e13          # on a GPU
+    elegans run quiet_features task=addition --max-budget 1e12
+    elegans run quiet_features --small                    # two CPU cores, about five minutes
+
+Ten algorithmic languages, each trained at 7 widths, 2 depths, 4 learning rates and 2 batch sizes for budgets of 1e9,
+1e10, ... training FLOPs (6,664 configurations of 1 to 100,000 steps; multiplication has a decade more), one pass over
+fresh data, AdamW with warm-up and cosine. Every configuration is a run of its own; budgets, learning rates and
+seeds of one architecture train in one cohort, so that the grid is 280 programs. Three seeds up to 1e13 FLOPs, one beyond.
+`scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss.
+
+Cost: stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine.
+Expect, from the paper: the best loss leaves its plateau at 1e11 to 1e12 FLOPs for addition; 1e12 to 1e13 for breadth-first
+search, maximum subarray and activity selection; 1e13 to 1e14 for depth-first search; 1e15 to 1e16 for multiplication.
+
+`small` asks one part of it of two CPU cores: 8-bit addition, four seeds. Its carry is readable before the loss is half-way
+down, and taking the carry's direction out costs exact match that random directions do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from elegans.instruments import Ablate, Probe, Scaling, Transition
+from elegans.models import Transformer
+from elegans.specs import grid, replace
+from elegans.study import Study
+from elegans.tasks import (
+    ActivitySelection,
+    Addition,
+    BreadthFirstSearch,
+    DepthFirstSearch,
+    MajorityOfMajority,
+    MaximumSubarray,
+    MinimumSpanningTree,
+    Multiplication,
+    ShortestPath,
+    Task,
+    TopologicalSort,
+)
+from elegans.training import AdamW, Constant, Cosine, LogSpaced, Record, Run
+
+TASKS = (
+    *(Addition(length=16), Multiplication(length=16), MajorityOfMajority(length=32)),
+    *(MaximumSubarray(length=64), ActivitySelection(length=16)),
+    *(BreadthFirstSearch(), DepthFirstSearch(), ShortestPath(), TopologicalSort(), MinimumSpanningTree()),
+)
+WIDTHS, DEPTHS = (8, 16, 32, 64, 128, 256, 512), (4, 16)
+RATES, BATCHES = (1e-1, 1e-2, 1e-3, 1e-4), (8, 64)
+DECADES = range(9, 16)
+SEEDS, SEEDED = 3, 1e13  # seeds of every configuration, up to this many FLOPs
+MOST_STEPS = 100_000
+
+
+def decades(task: Task) -> range:
+    """Powers of ten of a task's budgets."""
+    return range(DECADES.start, DECADES.stop + isinstance(task, Multiplication))
+
+
+def configurations(task: Task) -> Iterator[Run]:
+    """The grid of one task, without its seeds."""
+    base = Run(
+        task=task,
+        model=Transformer(layers=4, d_model=8, heads=4, dtype="bfloat16"),
+        optim=AdamW(schedule=Cosine(warmup=0.1, start=0.01, end=0.1)),
+        flops=1e9,
+        record=Record(train=LogSpaced(per_decade=10), evaluate=LogSpaced(per_decade=5), examples=1000, by_position=False),
+        label="{task} d={model.d_model} L={model.layers} B={batch} lr={optim.lr} C={flops} seed={seed}",
+    )
+    axes = {"model.d_model": WIDTHS, "model.layers": DEPTHS, "batch": BATCHES, "optim.lr": RATES}
+    for run in grid(base, axes):
+        for decade in decades(task):
+            made = replace(run, "flops", 10.0**decade)
+            if made.length <= MOST_STEPS:
+                yield made
+
+
+def seeds(run: Run) -> list[Run]:
+    """A configuration's runs."""
+    return grid(run, {"seed": range(SEEDS if run.flops is not None and run.flops <= SEEDED else 1)})
+
+
+def whole() -> Study:
+    """The grid."""
+    runs = [run for task in TASKS for configuration in configurations(task) for run in seeds(configuration)]
+    return Study(name="quiet_features", question=__doc__.splitlines()[0], runs=runs, instruments=(Scaling(),))
+
+
+def __getattr__(name: str) -> Study:
+    """`study`, made when it is asked for: a grid of this size takes seconds to write down."""
+    if name == "study":
+        return whole()
+    raise AttributeError(f"{__name__} has no {name!r}")
+
+
+_small = Run(
+    task=Addition(length=8),
+    model=Transformer(layers=2, d_model=32, heads=4),
+    optim=AdamW(lr=3e-3, schedule=Constant(warmup_steps=50)),
+    batch=64,
+    steps=1200,
+    record=Record(evaluate=LogSpaced(per_decade=10), weights=LogSpaced(per_decade=5), examples=256),
+    label="seed={seed}",
+)
+small = Study(
+    name="quiet_features_small",
+    question=__doc__.splitlines()[0],
+    runs=grid(_small, {"seed": range(4)}),
+    instruments=(Probe(fit=512, test=512), Ablate(fit=512, test=256, draws=8, at="final"), Transition()),
+)
