@@ -147,6 +147,21 @@ def test_short_rows_are_solved(task) -> None:
     assert answers(task) == [SOLVED[type(task)](row) for row in prompts(task).tolist()]
 
 
+def test_the_rows_that_the_docstrings_draw() -> None:
+    drawn = {
+        MaximumSubarray: "11 6 13 8 11 = 13 8 11 $ $ $",
+        ActivitySelection: "1 4 2 7 3 8 9 8 = 1 3 4 8 $ $ $ $ $",
+        Sorting: "7 10 2 7 = 2 7 7 10 $",
+        LongestCommonSubsequence: "1 5 2 6 5 6 2 2 = 5 2 $ $ $",
+    }
+    for task in SMALL:
+        text = drawn[type(task)]
+        prompt, answer = text.split(" = ")
+        solved = SOLVED[type(task)]([int(v) for v in prompt.split()])
+        assert solved == [int(v) for v in answer.replace("$", "").split()]
+        assert text in type(task).__doc__ and len(text.split()) == task.positions
+
+
 @pytest.mark.parametrize("task", [t for t in SMALL if not isinstance(t, Sorting)], ids=repr)
 def test_counted_plateaus_are_those_of_numpys_rows(task) -> None:
     """The same law drawn and solved by other means: short rows, where that is quick."""
