@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,21 +28,26 @@ from elegans import (
     Addition,
     At,
     Attention,
+    BreadthFirstSearch,
     Constant,
     Cosine,
+    DepthFirstSearch,
     Every,
     LayerNorm,
     Learned,
     Linear,
     LogSpaced,
+    MinimumSpanningTree,
     Parity,
     Record,
     RMSNorm,
     Rotary,
     Run,
+    ShortestPath,
     Spec,
     Split,
     SwiGLU,
+    TopologicalSort,
     Transformer,
     Update,
     replace,
@@ -78,6 +84,7 @@ BASE = Run(
     record=Record(examples=4, train=Every(2), evaluate=Every(3), weights=Every(3)),
 )
 Pair = tuple[Run, Run]
+FOUR = str(Path(__file__).parent / "data" / "four.g6")  # a star and a line of four vertices
 
 
 def based(**changes: Any) -> Run:
@@ -110,6 +117,10 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
         {"length": [7], "shortest": [3, None], "cot": [False], "compat": ["paper"], "split": [None]},
         on("task", Parity(length=5, shortest=2)),
     ),
+    **{
+        kind: at("task", {"vertices": [5], "graphs": [FOUR], "compat": ["paper"], "split": [None]}, on("task", kind(vertices=4)))
+        for kind in (BreadthFirstSearch, DepthFirstSearch, ShortestPath, TopologicalSort, MinimumSpanningTree)
+    },
     Split: at("task.split", {"train": [0.7], "validation": [0.09], "key": [1]}, BASE, on("task", Addition(length=9))),
     Transformer: at(
         "model",
