@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,8 +29,10 @@ from elegans import (
     Addition,
     At,
     Attention,
+    BreadthFirstSearch,
     Constant,
     Cosine,
+    DepthFirstSearch,
     Every,
     InnerProduct,
     LayerNorm,
@@ -40,16 +43,19 @@ from elegans import (
     Majority,
     MajorityOfMajority,
     MaximumSubarray,
+    MinimumSpanningTree,
     Multiplication,
     Parity,
     Record,
     RMSNorm,
     Rotary,
     Run,
+    ShortestPath,
     Sorting,
     Spec,
     Split,
     SwiGLU,
+    TopologicalSort,
     Transformer,
     Update,
     replace,
@@ -86,6 +92,7 @@ BASE = Run(
     record=Record(examples=4, train=Every(2), evaluate=Every(3), weights=Every(3)),
 )
 Pair = tuple[Run, Run]
+FOUR = str(Path(__file__).parent / "data" / "four.g6")  # a star and a line of four vertices
 
 
 def based(**changes: Any) -> Run:
@@ -125,6 +132,10 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
         on("task", Multiplication(length=3)),
     ),
     **{kind: at("task", {"length": [6], "split": [None, Split(0.8, 0.1)]}, on("task", kind(length=4))) for kind in SIZED},
+    **{
+        kind: at("task", {"vertices": [5], "graphs": [FOUR], "compat": ["paper"], "split": [None]}, on("task", kind(vertices=4)))
+        for kind in (BreadthFirstSearch, DepthFirstSearch, ShortestPath, TopologicalSort, MinimumSpanningTree)
+    },
     Split: at("task.split", {"train": [0.7], "validation": [0.09], "key": [1]}, BASE, on("task", Addition(length=9))),
     Transformer: at(
         "model",

@@ -107,9 +107,16 @@ def random_graph(key: jax.Array, vertices: int) -> Bool[Array, " edge"]:
     return edges[jnp.argmax(connected(rows_of(square_of(edges, vertices))))]
 
 
+def random_heights(key: jax.Array, vertices: int) -> UInt32[Array, " vertex"]:
+    """Numbers, no two alike, in random order: a permutation without the cost of sorting."""
+    drawn = jax.random.bits(key, (vertices,), jnp.uint32)
+    return drawn // BASE * BASE + jnp.arange(vertices, dtype=jnp.uint32)
+
+
 def relabelled(key: jax.Array, edges: Bool[Array, " edge"], vertices: int) -> Bool[Array, " edge"]:
     """The same graph with its vertices renamed at random."""
-    name = jax.random.permutation(key, vertices)
+    height = random_heights(key, vertices)
+    name = (height[:, None] > height).sum(1)
     u, v = pairs(vertices).T
     return square_of(edges, vertices)[name[u], name[v]]
 
@@ -189,8 +196,8 @@ class GraphTask(Task):
 
     A subclass says how many vertices are named in front (`starts`), how long the longest answer is
     (`answer_length`) and how a graph is answered (`solve`). The split's content is the labelled graph
-    alone: whatever is asked about it, a graph never straddles the split. Two graphs that differ only in
-    the names of their vertices are two contents.
+    alone: whatever is asked about it, a labelled graph never straddles the split. Two graphs that differ
+    only in the names of their vertices are two contents, so an isomorphism class may straddle it.
     """
 
     abstract: ClassVar[bool] = True
@@ -291,7 +298,11 @@ class GraphTask(Task):
         return edges / graphs
 
     def floor(self) -> float | None:
-        """0: the answer follows from the prompt. So it is with a scored `=`: no other token is scored in front of it."""
+        """0: the answer follows from the prompt, and a scored `=` is free for a predictor that expects nothing else in the prompt.
+
+        A predictor that is held to the rest of the prompt as well pays about ln 2 nats at `=`: half of all
+        lists stop at the last pair, a quarter one pair earlier, and so on.
+        """
         return 0.0
 
     def plateau(self) -> float | None:

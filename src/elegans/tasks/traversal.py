@@ -22,7 +22,8 @@ class BreadthFirstSearch(GraphTask):
     adjacency             the neighbours of output vertex r, read at that vertex
 
     The start is uniform; the graph is uniform over connected graphs whose vertices have names, or drawn
-    from a file and renamed. A graph never straddles the split, whatever the start.
+    from a file and renamed. A labelled graph never straddles the split, whatever the start; its isomorphism
+    class may.
     """
 
     starts: ClassVar[int] = 1
