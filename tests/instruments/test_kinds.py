@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss, r2_score
 from sklearn.multiclass import OneVsRestClassifier
 
 from elegans.instruments import Ablate, Probe
-from elegans.instruments.linear import fit_squares
+from elegans.instruments.linear import fit_logistic, fit_squares
 from elegans.instruments.probe import Reads, fit, halves, reads, score, with_random_labels
 from elegans.models.transformer import Transformer
 from elegans.randomness import Purpose, key_for
@@ -113,6 +113,17 @@ def test_vectors_that_hardly_vary_do_not_break_a_probe(sets, kind):
     base, y = train.y[:, 0].mean(1, keepdims=True), test.y[:, 0]
     expected = (y - base) ** 2 if kind == "number" else -(y * jnp.log(base) + (1 - y) * jnp.log(1 - base))
     np.testing.assert_allclose(found, expected.mean(1), rtol=1e-3)
+
+
+def test_a_site_that_knows_two_tokens_has_two_vectors(sets):
+    """Rank one in 64 dimensions, long vectors: rounding is larger than the penalty, and the factor at risk."""
+    rng = np.random.default_rng(3)
+    x = (rng.normal(size=(2, 64)) * 8)[rng.integers(0, 2, (40, 512))].astype(np.float32)
+    y = rng.random((40, 512)) < 0.5
+    probes = jax.jit(jax.vmap(fit_logistic, (0, 0, None, None)))(x, y.astype(np.float32), jnp.ones(512), 100.0)
+    for i in range(40):
+        theirs = LogisticRegression(C=100.0, tol=1e-8).fit(x[i].astype(np.float64), y[i])
+        assert float(probes.loss[i]) == pytest.approx(log_loss(y[i], theirs.predict_proba(x[i])), abs=1e-4)
 
 
 def test_random_labels_have_the_distribution_of_the_true_ones(sets):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 NEWTON_STEPS = 15  # the gradient of every probe tested is below 1e-3 of its start by then
 HALVINGS = (1.0, 0.5, 0.25, 0.0625, 0.0)  # step lengths tried by the line search
 REFINEMENTS = 3  # of a least-squares solution: the factor is damped, the residual is not
-DAMPING = 1e-6  # of the mean curvature, about ten roundings of float32: a design of deficient rank still has a factor
+DAMPING = 5e-7  # of the whole curvature, a few roundings of float32: a design of deficient rank still has a factor
 
 
 class Probes(NamedTuple):
@@ -79,7 +79,15 @@ def mean_of(x: Float[Array, "n *d"], counted: Float[Array, " n"]) -> Float[Array
 
 
 def _solver(gram: Float[Array, "d d"], penalty: Float[Array, " d"]) -> Any:
-    """The solution of (gram + penalty) v = g, slightly damped, as a function of g."""
-    damped = penalty + DAMPING * jnp.trace(gram) / len(gram)
-    factor = jax.scipy.linalg.cho_factor(gram + jnp.diag(damped))
-    return lambda g: jax.scipy.linalg.cho_solve(factor, g)
+    """The solution of (gram + penalty) v = g, slightly damped, as a function of g.
+
+    Should rounding leave no factor, a step of steepest descent, no longer than the steepest curvature allows.
+    """
+    whole = jnp.trace(gram)
+    factor = jax.scipy.linalg.cho_factor(gram + jnp.diag(penalty + DAMPING * whole))
+
+    def solve(g: Float[Array, " d"]) -> Float[Array, " d"]:
+        v = jax.scipy.linalg.cho_solve(factor, g)
+        return jnp.where(jnp.isfinite(v).all(), v, g / (whole + penalty.max()))
+
+    return solve
