@@ -1,5 +1,7 @@
 """Ablation of the hand-made adder: its carry is causal, its copy of the first operand is read by nobody."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from elegans.errors import Invalid
 from elegans.instruments.ablate import Ablate, Removal, measured, orthonormal, summary
+from elegans.instruments.probe import reads, vectors
 from elegans.models.handmade import DIRECTIONS, adder
 from elegans.randomness import Purpose, key_for
 from elegans.tasks import Addition
@@ -70,22 +73,44 @@ def test_the_interval_of_a_mean_is_the_normal_one():
     assert made["loss_high"] - made["loss_low"] == pytest.approx(2 * half, rel=0.1)
 
 
-def edited(feature, target, resample=0):
-    """Exact match of the adder with one exact direction replaced at resid_mid.1, where MLP 1 reads the carry."""
+@pytest.fixture(scope="module")
+def replaced():
+    """Exact match of the adder with one exact direction replaced at resid_mid.1, where MLP 1 reads the carry.
+
+    By a constant; where a shift is given, by the component of the row that many places away, if it `lends` its own.
+    """
     task = Addition(length=8)
     model, params = adder(task)
-    rows = jax.jit(lambda k: draw_set(task, "test", k, 64, prepare(task)))(jax.random.key(0))
-    unit = np.zeros((8, model.d_model, 1), np.float32)
-    unit[:, DIRECTIONS[feature].coordinate] = 1
-    removal = Removal(jnp.zeros(8, int), unit, unit, jnp.full((8, 1), target), jnp.int32(resample))
-    run = Run(task, model, steps=1)
-    return jax.jit(lambda p, r: measured(run, p, rows, feature, ("resid_mid.1",), r))(params, removal)["exact_match"].mean()
+    run, sites = Run(task, model, steps=1), ("resid_mid.1",)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def measure(feature, coordinate, target, resample, shift, lends):
+        rows = draw_set(task, "test", jax.random.key(0), 64, prepare(task))
+        unit = jnp.zeros((8, model.d_model, 1)).at[:, coordinate].set(1)
+        removal = Removal(jnp.zeros(8, int), unit, unit, jnp.full((8, 1), target), resample)
+        rolled = jax.tree.map(lambda a: jnp.roll(a, shift, 0), rows)
+        donors = reads(run, vectors(run, params, rolled, sites), rolled, feature)
+        donors = donors._replace(counted=donors.counted * lends)
+        found = measured(run, params, rows, feature, sites, removal, donors)
+        return found["exact_match"].mean()
+
+    def replace(feature, target, shift=None, lends=1.0):
+        return float(measure(feature, DIRECTIONS[feature].coordinate, target, jnp.int32(shift is not None), shift or 0, lends))
+
+    return replace
 
 
 @pytest.mark.parametrize(("feature", "exact_match"), [("carry", 0.0), ("first_operand", 1.0)])
-def test_exact_directions(feature, exact_match):
-    """At resid_mid.1 the answer is still to come, and nothing reads the first operand."""
-    assert float(edited(feature, 0.5)) == exact_match  # onto the plane where the bit is a half
+def test_exact_directions(replaced, feature, exact_match):
+    """The answer is still to come, and nothing reads the first operand."""
+    assert replaced(feature, 0.5) == exact_match  # onto the plane where the bit is a half
+
+
+def test_a_resampled_carry_is_another_rows(replaced):
+    assert replaced("carry", 0.5, shift=0) == 1  # its own again
+    assert replaced("carry", 0.5, shift=5) < 0.1  # eight carries of two rows are hardly ever the same
+    assert replaced("first_operand", 0.5, shift=5) == 1
+    assert replaced("carry", 0.5, shift=0, lends=0.0) == 0  # a row that has no such read lends nothing: the constant
 
 
 def test_a_removed_subspace_is_gone_from_every_plane():
