@@ -25,12 +25,13 @@ class Truth:
 
     `values[i]` is read from the network at token `positions[i]`; a position of -1 says that this
     example has no such value (a shorter row). `kind` is `binary`, `multilabel` (a further axis of
-    binary labels), `categorical` or `number`.
+    binary labels), `categorical` (one of `classes` values from 0; none: of the vocabulary) or `number`.
     """
 
     values: Int[Array, "reads *label"]
     positions: Int[Array, " reads"]
     kind: TruthKind = dataclasses.field(default="binary", metadata={"static": True})
+    classes: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -50,12 +51,16 @@ class Example:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Everything a forward pass computed, by site: `embed`, `resid.0`, `pattern.1`, ... (see `Model.apply`)."""
+    """Everything a forward pass computed, by site: `embed`, `resid.0`, `pattern.1`, ... (see `Model.apply`).
+
+    `z.1.0` is head 0 of the site `z.1`.
+    """
 
     sites: dict[str, Float[Array, "..."]]
 
     def __getitem__(self, site: str) -> Float[Array, "..."]:
-        return self.sites[site]
+        whole, _, head = site.rpartition(".")
+        return self.sites[whole][:, int(head)] if site not in self.sites and whole in self.sites else self.sites[site]
 
 
 Edit = Callable[[str, Any], Any]  # edit(site, x) returns what replaces x

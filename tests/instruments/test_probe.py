@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from elegans.instruments.probe import Probe, fit_logistic
+from elegans.instruments.linear import fit_logistic
+from elegans.instruments.probe import Probe
 from elegans.models.handmade import DIRECTIONS, adder
 from elegans.randomness import Purpose, key_for
 from elegans.tasks import Addition

@@ -240,8 +240,10 @@ def test_probed_sites_are_sites_of_one_vector_for_each_position() -> None:
     trace = forward(LLAMA)(some_params(LLAMA), TOKENS)[1]
     families = LLAMA.probed_sites()
     assert families["resid"] == ("resid.0", "resid.1") and families["embed"] == ("embed",)
-    assert all(trace[site].shape == (POSITIONS, LLAMA.d_model) for sites in families.values() for site in sites)
-    assert "attn_out" not in dataclasses.replace(LLAMA, attention=None).probed_sites()
+    width = {family: LLAMA.d_model // LLAMA.heads if family == "head" else LLAMA.d_model for family in families}
+    assert all(trace[site].shape == (POSITIONS, width[family]) for family, sites in families.items() for site in sites)
+    np.testing.assert_array_equal(trace["z.1.0"], trace["z.1"][:, 0])
+    assert not {"attn_out", "head"} & set(dataclasses.replace(LLAMA, attention=None).probed_sites())
 
 
 # ---- parts that are off, compute types, dropout

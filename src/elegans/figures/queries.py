@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-FEATURES = "select feature, count(distinct run) as runs from probe group by feature order by feature"
+FEATURES = "select feature, count(distinct run) as runs from probe where accuracy is not null group by feature order by feature"
 LEAD = 'select "group", feature, runs, "of", mean, low, high, verdict from lead order by feature, "group"'
 TRANSITION = "select run, feature, loss_step, feature_step, lead from transition order by feature, run"
 ABLATION = """select run, feature, method, direction, draw, exact_match, loss, base_exact_match, base_loss
@@ -14,7 +14,7 @@ order by feature, method, direction, run, draw"""
 FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
 from metrics group by run, split order by run, split"""
 SITES = """with ends as (select run, feature, site, step, avg(accuracy) as accuracy from probe
-  group by run, feature, site, step qualify step = max(step) over (partition by run, feature))
+  where accuracy is not null group by run, feature, site, step qualify step = max(step) over (partition by run, feature))
 select feature, arg_max(site, mean) as site
 from (select feature, site, avg(accuracy) as mean from ends group by feature, site)
 group by feature order by feature"""

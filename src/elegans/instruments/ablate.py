@@ -1,110 +1,216 @@
-"""Ablation: what the network loses when one feature's direction is taken out of it."""
+"""Ablation: what the network loses when one feature's directions are taken out of it."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from elegans.errors import Invalid
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
-from elegans.instruments.probe import Probes, Reads, features_of, fit, reads, sites_of, vectors, with_random_labels
+from elegans.instruments.linear import Probes, mean_of
+from elegans.instruments.probe import Reads, features_of, fit, halves, reads, sites_of, vectors, with_random_labels
 from elegans.specs import field, spec
 from elegans.tasks.sampling import TaskData, draw_set
 from elegans.training.run import Run
 from elegans.training.step import scores
 from elegans.types import Edit, Example
 
+BOOTSTRAPS = 1000
+SAME = 1e-3  # squared length below which a combination of unit directions is none of its own
+
 
 @spec
 class Ablate(ReplicaInstrument):
-    """Loss and exact match after a feature's direction is removed wherever the feature is read.
+    """Loss and exact match after a feature's directions are removed wherever the feature is read.
 
-    For every read, the site of `family` whose probe has the lowest training loss is chosen; there, in every forward
-    pass, x <- x - (w.x + b) w with unit w, which moves x onto the probe's decision plane. `loss` in nats
-    per scored token (`base_loss` without ablation, and chance is the task's plateau), `exact_match` a share
-    of test rows (`base_exact_match` is the ceiling). Controls, by `direction`: `random`, the same with random
-    unit directions and b = 0; `matched`, a step along a random direction as long as the feature's own;
-    `labels`, the direction of a probe fitted to random labels. `draw` counts a control's repetitions.
+    For every read, the site of `family` whose probes have the lowest training loss is chosen; there, in every forward
+    pass, the component of x in the span of the feature's probe directions (one, or as many as there are labels or
+    classes, made orthonormal) is replaced, by `method`:
+      projection  by the point where every probe is undecided, for one probe x <- x - (w.x + b) w with unit w
+                  (a number: where it predicts the mean)
+      mean        by its mean over the examples that the probes were fitted to (a number: the same as projection)
+      resample    by that of another test example, at the same read (its mean, where that example has no such read)
+
+    `loss` in nats per scored token (`base_loss` without ablation, chance is the task's plateau), `exact_match` a share
+    of test rows (`base_exact_match` is the ceiling); `_low` and `_high` bound their 95 % interval over test rows
+    (Bayesian bootstrap; that of an exact match of 0 or 1 has no width). Controls, by `direction`: `random`, the same with
+    random directions, projected to 0; `matched`, a step along random directions as long as the feature's own;
+    `labels`, the directions of probes fitted to random labels. `draw` counts a control's repetitions.
     """
 
-    features: tuple[str, ...] = field((), "features to ablate; empty: all binary ones")
+    features: tuple[str, ...] = field((), "features to ablate; empty: all")
     family: str = field("resid", "family of sites to ablate at; see Model.probed_sites")
+    methods: tuple[Literal["projection", "mean", "resample"], ...] = field(("projection",), "each costs as much as all of the first")
     fit: int = field(2048, "examples to fit the probes on", ge=2, le=1_000_000)
     test: int = field(512, "rows to measure on", ge=1, le=1_000_000)
     draws: int = field(16, "random directions of each control", ge=1, le=1024)
     c: float = field(100.0, "inverse strength of the probes' L2 penalty", gt=0)
 
-    def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
-        keys = jax.random.split(key, 2)
-        train, test = (
-            draw_set(run.task, p, k, n, data) for p, k, n in zip(("validation", "test"), keys, (self.fit, self.test), strict=True)
-        )
-        seen = vectors(run, params, train, sites_of(run, (self.family,)))
-        names = features_of(run, self.features)
-        return {n: self._feature(run, params, reads(seen, train, n), test, n, jax.random.fold_in(key, i)) for i, n in enumerate(names)}
+    def check(self) -> None:
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise Invalid("methods", self.methods, "allowed: one or more, each once")
 
-    def _feature(self, run: Run, params: Any, r: Reads, test: Example, name: str, key: jax.Array) -> dict[str, Float[Array, " direction"]]:
-        for_labels, for_random = jax.random.split(key)
-        true, wrong = _best(fit(with_random_labels(for_labels, r), self.c))
-        random = jax.random.normal(for_random, (self.draws, *true.w.shape))
-        random = random / jnp.linalg.norm(random, axis=-1, keepdims=True)
-        nothing = Removal(true.layer, jnp.zeros_like(true.w), jnp.zeros_like(true.w), jnp.zeros_like(true.b))
-        along = [Removal(true.layer, u, u, nothing.b) for u in random]
-        matched = [true._replace(u=u) for u in random]
-        removals = jax.tree.map(lambda *v: jnp.stack(v), nothing, true, *along, *matched, wrong)
+    def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
+        keys = jax.random.split(key, 3)
+        parts = ("validation", self.fit), ("test", self.test)
+        train, test = (draw_set(run.task, p, k, n, data) for (p, n), k in zip(parts, keys, strict=False))
         sites = sites_of(run, (self.family,))
-        found = jax.lax.map(lambda removal: _measure(run, params, test, name, sites, removal), removals)
-        base = {f"base_{k}": jnp.broadcast_to(v[0], v[1:].shape) for k, v in found.items()}
-        return {k: v[1:] for k, v in found.items()} | base
+        seen, other = vectors(run, params, train, sites), None
+        if "resample" in self.methods:
+            shift = jax.random.randint(keys[2], (), 1, self.test)  # rows are independent: any other one is a random one
+            rolled = jax.tree.map(lambda a: jnp.roll(a, shift, 0), test)
+            other = rolled, vectors(run, params, rolled, sites)
+        made = {}
+        for i, name in enumerate(features_of(run, self.features)):
+            donors = other and reads(run, other[1], other[0], name)
+            made[name] = self._feature(run, params, reads(run, seen, train, name), donors, test, name, jax.random.fold_in(key, i))
+        return made
+
+    def _feature(
+        self, run: Run, params: Any, r: Reads, donors: Reads | None, test: Example, name: str, key: jax.Array
+    ) -> dict[str, Float[Array, "method direction"]]:
+        for_labels, for_random, for_bounds = jax.random.split(key, 3)
+        both = with_random_labels(for_labels, r)
+        true, wrong = (best(p, r._replace(y=y)) for p, y in zip(halves(fit(both, self.c)), halves(both.y), strict=True))
+        nothing = Removal(true.layer, *(jnp.zeros_like(a) for a in (true.basis, true.basis, true.plane, true.layer[0])))
+        removals = [nothing] + [removal for method in self.methods for removal in self._removals(method, true, wrong, for_random)]
+        stacked = jax.tree.map(lambda *v: jnp.stack(v), *removals)
+        sites = sites_of(run, (self.family,))
+        rows = jax.lax.map(lambda removal: measured(run, params, test, name, sites, removal, donors), stacked)
+        found = summary(rows, for_bounds)
+        base = {f"base_{k}": jnp.broadcast_to(found[k][0], found[k][1:].shape) for k in ("loss", "exact_match", "accuracy")}
+        shape = len(self.methods), len(self._directions())
+        return {k: v.reshape(shape) for k, v in ({k: v[1:] for k, v in found.items()} | base).items()}
+
+    def _removals(self, method: str, true: Found, wrong: Found, key: jax.Array) -> list[Removal]:
+        """One for each of `_directions`, in the same order."""
+        drawn = jax.random.normal(key, (self.draws, *true.basis.shape))  # not unit: scaled by orthonormal
+        spread = jnp.abs(true.basis).max(-2, keepdims=True) > 0  # as many dimensions as the feature's own
+        random = [q * spread for q in jax.vmap(lambda u: orthonormal(u, true.plane)[0])(drawn)]
+        own, other = true.basis, wrong.basis
+
+        def removal(found: Found, w: Array, u: Array, plane: Array) -> Removal:
+            target = plane if method == "projection" else jnp.einsum("rd,rdm->rm", found.mean, w, precision="highest")
+            return Removal(found.layer, w, u, target, jnp.asarray(method == "resample", found.layer.dtype))
+
+        made = [removal(true, own, own, true.plane)]
+        made += [removal(true, u, u, jnp.zeros_like(true.plane)) for u in random]
+        made += [removal(true, own, u, true.plane) for u in random]
+        return [*made, removal(wrong, other, other, wrong.plane)]
+
+    def _directions(self) -> list[dict[str, Any]]:
+        counts = {"feature": 1, "random": self.draws, "matched": self.draws, "labels": 1}
+        return [{"direction": d, "draw": i} for d, n in counts.items() for i in range(n)]
 
     def layouts(self, run: Run) -> dict[str, Layout]:
-        counts = {"feature": 1, "random": self.draws, "matched": self.draws, "labels": 1}
-        entries = [{"direction": d, "draw": i} for d, n in counts.items() for i in range(n)]
-        return {name: Layout({"feature": name, "method": "projection"}, [entries]) for name in features_of(run, self.features)}
+        axes = [[{"method": m} for m in self.methods], self._directions()]
+        return {name: Layout({"feature": name}, axes) for name in features_of(run, self.features)}
+
+
+class Found(NamedTuple):
+    """Where a feature is read best, at every read."""
+
+    layer: Int[Array, " read"]  # which of the family's sites
+    basis: Float[Array, "read d_model dim"]  # orthonormal, or zero where directions are fewer
+    plane: Float[Array, "read dim"]  # the component at which every probe is undecided
+    mean: Float[Array, "read d_model"]  # of the vectors fitted to
 
 
 class Removal(NamedTuple):
-    """The edit x <- x - (w.x + b) u at every read, at the site chosen for it; u = w removes the direction w."""
+    """The edit x <- x - u (w'x - target) at every read, at the site chosen for it; u = w replaces the component along w."""
 
     layer: Int[Array, " read"]
-    w: Float[Array, "read d_model"]
-    u: Float[Array, "read d_model"]
-    b: Float[Array, " read"]
+    w: Float[Array, "read d_model dim"]
+    u: Float[Array, "read d_model dim"]
+    target: Float[Array, "*row read dim"]
+    resample: Int[Array, ""]  # 1: the target is the component of another example, where it has one
 
     def edit(self, sites: tuple[str, ...], positions: Int[Array, " read"]) -> Edit:
         """The edit for an example whose reads stand at these positions (-1: not there)."""
 
-        def edit(site: str, x: Any) -> Any:
-            if site not in sites:
-                return x
-            here = (self.layer == sites.index(site)) & (positions >= 0)
+        def moved(site: int, x: Any) -> Any:
+            here = (self.layer == site) & (positions >= 0)
             place = jax.nn.one_hot(positions, x.shape[0]) * here[:, None]  # [read, position]; reads of a feature stand apart
-            w, u, b = (jnp.einsum("rp,r...->p...", place, v, precision="highest") for v in (self.w, self.u, self.b))
-            return (x - ((x * w).sum(-1) + b)[:, None] * u).astype(x.dtype)
+            with jax.default_matmul_precision("highest"):
+                part = jnp.einsum("rd,rdm->rm", place @ x.astype(jnp.float32), self.w[:, : x.shape[1]]) - self.target
+                return x - (place.T @ jnp.einsum("rm,rdm->rd", part, self.u[:, : x.shape[1]])).astype(x.dtype)
+
+        def edit(site: str, x: Any) -> Any:
+            if site in sites:
+                return moved(sites.index(site), x)
+            heads = [i for i, s in enumerate(sites) if s.rpartition(".")[0] == site]
+            return jnp.stack([moved(i, x[:, h]) for h, i in enumerate(heads)], 1) if heads else x
 
         return edit
 
 
-def _best(probes: Probes) -> list[Removal]:
-    """For every set of labels, the removal at the site whose probe has the lowest training loss, read by read."""
-    made = []
-    for loss, w, b in zip(probes.loss, probes.w, probes.b, strict=True):
-        layer = jnp.argmin(loss, 0)
-        direction = jnp.take_along_axis(w, layer[None, :, None], 0)[0]
-        norm = jnp.maximum(jnp.linalg.norm(direction, axis=-1, keepdims=True), 1e-12)
-        unit = direction / norm
-        made.append(Removal(layer, unit, unit, jnp.take_along_axis(b, layer[None], 0)[0] / norm[:, 0]))
+def best(probes: Probes, r: Reads) -> Found:
+    """Read by read, the site whose probes have the lowest mean training loss, and the span of their directions."""
+    layer = jnp.argmin(probes.loss.mean(0), 0)
+    w = jnp.take_along_axis(probes.w, layer[None, None, :, None], 1)[:, 0]  # [label, read, d_model]
+    b = jnp.take_along_axis(probes.b, layer[None, None], 1)[:, 0]
+    there = r.counted > 0
+    varies = (jnp.where(there, r.y, -jnp.inf).max(-1) > jnp.where(there, r.y, jnp.inf).min(-1))[..., None]  # else w is rounding
+    norm = jnp.maximum(jnp.linalg.norm(w, axis=-1, keepdims=True), 1e-12)
+    basis, plane = orthonormal(jnp.moveaxis(varies * w / norm, 0, -1), (b / norm[..., 0]).T)
+    at = jnp.take_along_axis(r.x, layer[None, :, None, None], 0)[0]
+    mean = jax.vmap(mean_of)(at, r.counted)
+    plane = jnp.einsum("rd,rdm->rm", mean, basis, precision="highest") if r.kind == "number" else plane
+    return Found(layer, basis, plane, mean)
+
+
+def orthonormal(
+    w: Float[Array, "read d_model dim"], b: Float[Array, "read dim"]
+) -> tuple[Float[Array, "read d_model dim"], Float[Array, "read dim"]]:
+    """An orthonormal basis of the span of some unit directions, and the component along it at which every w'x + b is 0.
+
+    By the eigenvectors of w'w, where a label that never varies (w = 0) and repeated ones leave columns of zeros: a QR
+    decomposition would fill them up with arbitrary directions. Where planes have no common point: the nearest one.
+    """
+    with jax.default_matmul_precision("highest"):
+        size, turn = jnp.linalg.eigh(jnp.swapaxes(w, -1, -2) @ w)
+        scale = jnp.where(size > SAME, jax.lax.rsqrt(jnp.maximum(size, SAME)), 0.0)
+        basis = (w @ turn) * scale[..., None, :]
+        return basis, -jnp.einsum("rlm,rl->rm", turn, b) * scale
+
+
+def measured(
+    run: Run, params: Any, rows: Example, feature: str, sites: tuple[str, ...], removal: Removal, donors: Reads | None = None
+) -> dict[str, Float[Array, " row"]]:
+    """Scores of every row, with an edit at every read of a feature; `tokens` and `rows` count what is scored."""
+    target = jnp.broadcast_to(removal.target, (len(rows.tokens), *removal.target.shape))
+    if donors is not None:
+        at = jnp.take_along_axis(donors.x, removal.layer[None, :, None, None], 0)[0]
+        found = jnp.einsum("rnd,rdm->nrm", at, removal.w, precision="highest")
+        target = jnp.where((removal.resample * donors.counted.T > 0)[..., None], found, target)
+
+    def one(tokens: Array, positions: Array, target: Array) -> Array:
+        return run.model.apply(params, tokens[:-1], edit=removal._replace(target=target).edit(sites, positions))[0]
+
+    def score(logits: Array, tokens: Array, scored: Array) -> dict[str, Array]:
+        loss, metrics = scores(logits[None], Example(tokens[None], scored[None]))
+        return {"loss": loss, "tokens": scored[1:].sum(), "rows": scored[1:].any(), **metrics}
+
+    logits = jax.vmap(one, axis_name="batch")(rows.tokens, rows.truth[feature].positions, target)
+    made = jax.vmap(score)(logits, rows.tokens, rows.scored)
+    return {name: values.astype(jnp.float32) for name, values in made.items()}
+
+
+def summary(rows: dict[str, Float[Array, "removal row"]], key: jax.Array) -> dict[str, Float[Array, " removal"]]:
+    """Scores of a set from those of its rows, with 95 % intervals.
+
+    The rows are weighted anew 1000 times (Rubin 1981, "The Bayesian bootstrap"): one product, nothing to gather.
+    """
+    again = jax.random.exponential(key, (BOOTSTRAPS, rows["rows"].shape[1]))
+    weights = jnp.concatenate([jnp.ones_like(again[:1]), again]).T  # the first: every row once
+    made = {}
+    for name, counts in (("loss", "tokens"), ("exact_match", "rows"), ("accuracy", "tokens")):
+        total, count = (jnp.matmul(v, weights, precision="highest") for v in (rows[name] * rows[counts], rows[counts]))
+        values = total / jnp.where(count > 0, count, jnp.nan)
+        made[name] = values[:, 0]
+        if name != "accuracy":
+            made[f"{name}_low"], made[f"{name}_high"] = jnp.quantile(values[:, 1:], jnp.array([0.025, 0.975]), axis=1)
     return made
-
-
-def _measure(run: Run, params: Any, rows: Example, feature: str, sites: tuple[str, ...], removal: Removal) -> dict[str, Float[Array, ""]]:
-    """Scores of the network with an edit at every read of a feature."""
-
-    def one(tokens: Array, positions: Array) -> Array:
-        return run.model.apply(params, tokens[:-1], edit=removal.edit(sites, positions))[0]
-
-    logits = jax.vmap(one, axis_name="batch")(rows.tokens, rows.truth[feature].positions)
-    loss, metrics = scores(logits, rows)
-    return {"loss": loss, "exact_match": metrics["exact_match"], "accuracy": metrics["accuracy"]}

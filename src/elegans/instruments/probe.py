@@ -8,135 +8,127 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from elegans.errors import Invalid
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
+from elegans.instruments.linear import Probes, fit_logistic, fit_squares
 from elegans.specs import field, spec
 from elegans.tasks.sampling import TaskData, draw_set
 from elegans.training.run import Run
-from elegans.types import Example
+from elegans.types import Example, Truth, TruthKind
 
-NEWTON_STEPS = 15  # the gradient of every probe tested is below 1e-3 of its start by then
-HALVINGS = (1.0, 0.5, 0.25, 0.0625)  # step lengths tried by the line search
-
-
-class Probes(NamedTuple):
-    """Fitted logistic probes: score = x @ w + b."""
-
-    w: Float[Array, "*probe d_model"]
-    b: Float[Array, "*probe"]
-    loss: Float[Array, "*probe"]  # training log loss, nats
-
-
-def fit_logistic(x: Float[Array, "n d"], y: Float[Array, " n"], counted: Float[Array, " n"], c: float) -> Probes:
-    """Logistic regression with an L2 penalty, the problem of scikit-learn's `LogisticRegression(C=c)`.
-
-    Minimises w.w/2 + c * sum of log(1 + exp(-(2y - 1)(x.w + b))) over the counted examples by Newton's
-    method with a line search; the intercept is not penalised.
-    """
-    design = jnp.concatenate([x, jnp.ones((x.shape[0], 1), x.dtype)], 1)
-    penalty = jnp.append(jnp.ones(x.shape[1]), 1e-6) / c
-
-    def losses(beta: Float[Array, " d1"]) -> Float[Array, ""]:
-        score = design @ beta
-        return (counted * (jax.nn.softplus(score) - y * score)).sum() + 0.5 * (penalty * beta * beta).sum()
-
-    def newton(_: Int[Array, ""], beta: Float[Array, " d1"]) -> Float[Array, " d1"]:
-        p = jax.nn.sigmoid(design @ beta)
-        gradient = design.T @ (counted * (p - y)) + penalty * beta
-        curvature = counted * jnp.maximum(p * (1 - p), 1e-6)
-        hessian = (design * curvature[:, None]).T @ design + jnp.diag(penalty)
-        direction = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(hessian), gradient)
-        tried = jnp.stack([beta - s * direction for s in (*HALVINGS, 0.0)])
-        values = jax.vmap(losses)(tried)
-        return tried[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
-
-    beta = jax.lax.fori_loop(0, NEWTON_STEPS, newton, jnp.zeros(design.shape[1]))
-    score = design @ beta
-    nats = (counted * (jax.nn.softplus(score) - y * score)).sum() / jnp.maximum(counted.sum(), 1)
-    return Probes(beta[:-1], beta[-1], nats)
+METRICS = ("accuracy", "log_loss", "mse", "r2", "chance", "control")
+Scores = dict[str, Float[Array, "label site read"]]
 
 
 class Reads(NamedTuple):
     """Everything that probes of one feature need: vectors, labels, and which examples count."""
 
     x: Float[Array, "site read n d_model"]
-    y: Float[Array, "labels read n"]  # one set of labels, or several
+    y: Float[Array, "label read n"]  # one for each probe at a site and read: 0 or 1, or the number itself
     counted: Float[Array, "read n"]
+    kind: TruthKind
 
 
 def vectors(run: Run, params: Any, rows: Example, sites: tuple[str, ...]) -> Float[Array, "site n position d_model"]:
-    """The vectors at some sites, at every position that predicts a token."""
+    """The vectors at some sites, at every position that predicts a token; narrower ones are filled up with zeros."""
 
     def one(tokens: Int[Array, " position"]) -> Float[Array, "site p d"]:
         trace = run.model.apply(params, tokens[:-1])[1]
-        return jnp.stack([trace[s].astype(jnp.float32) for s in sites])
+        found = [trace[s].astype(jnp.float32) for s in sites]
+        width = max(v.shape[-1] for v in found)
+        return jnp.stack([jnp.pad(v, ((0, 0), (0, width - v.shape[-1]))) for v in found])
 
     return jax.vmap(one, out_axes=1, axis_name="batch")(rows.tokens)
 
 
-def reads(x: Float[Array, "site n position d_model"], rows: Example, feature: str) -> Reads:
+def reads(run: Run, x: Float[Array, "site n position d_model"], rows: Example, feature: str) -> Reads:
     """The vectors where a feature is read, per example, with its labels."""
     truth = rows.truth[feature]
     there = truth.positions >= 0
     index = jnp.where(there, truth.positions, 0)[None, :, :, None]
     taken = jnp.take_along_axis(x, index, 2)  # [site, n, read, d_model]
-    return Reads(taken.swapaxes(1, 2), truth.values.T[None].astype(jnp.float32), there.T.astype(jnp.float32))
+    values = truth.values
+    if truth.kind == "categorical":
+        values = jax.nn.one_hot(values, truth.classes or run.task.vocab_size)
+    values = values if values.ndim == 3 else values[..., None]
+    return Reads(taken.swapaxes(1, 2), values.T.astype(jnp.float32), there.T.astype(jnp.float32), truth.kind)
 
 
-def fit(r: Reads, c: float) -> Probes:
-    """A probe for every set of labels, site and read: [label set, site, read]."""
-    over_reads = jax.vmap(fit_logistic, (0, 0, 0, None))
+def fit(r: Reads, c: Any) -> Probes:
+    """A probe for every label, site and read: [label, site, read]. Labels follow one another, and share the vectors."""
+    one = fit_squares if r.kind == "number" else fit_logistic
+    over_reads = jax.vmap(one, (0, 0, 0, None))
     over_sites = jax.vmap(over_reads, (0, None, None, None))
-    return jax.vmap(over_sites, (None, 0, None, None))(r.x, r.y, r.counted, c)
+    return jax.lax.map(lambda y: over_sites(r.x, y, r.counted, c), r.y)
 
 
 def with_random_labels(key: jax.Array, r: Reads) -> Reads:
-    """Two sets of labels: the true ones, and random ones of the same frequency, which have no relation to the vectors."""
-    ones = (r.y[0] * r.counted).sum(1, keepdims=True) / jnp.maximum(r.counted.sum(1, keepdims=True), 1)
-    return r._replace(y=jnp.stack([r.y[0], jax.random.bernoulli(key, ones, r.y[0].shape).astype(r.y.dtype)]))
+    """Twice the labels: the true ones, then those of random other examples, which have no relation to the vectors."""
+    n = r.x.shape[2]
+    keys = jax.random.split(key, r.x.shape[1])
+    drawn = jax.vmap(lambda k, counted: jax.random.choice(k, n, (n,), p=counted))(keys, r.counted)
+    return r._replace(y=jnp.concatenate([r.y, jnp.take_along_axis(r.y, drawn[None], 2)]))
+
+
+def halves(tree: Any) -> tuple[Any, Any]:
+    """What belongs to the true labels, and what to the random ones."""
+    return tuple(jax.tree.map(lambda a, i=i: jnp.split(a, 2)[i], tree) for i in (0, 1))
+
+
+def truth_of(run: Run) -> dict[str, Truth]:
+    """The task's truth, shapes only."""
+    return jax.eval_shape(lambda k: run.task.sample(k, run.task.prepare()).truth, jax.random.key(0))
 
 
 def features_of(run: Run, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The features to probe: those asked for, or every binary one of the task. Raises `Invalid`."""
-    truth = jax.eval_shape(lambda k: run.task.sample(k, run.task.prepare()).truth, jax.random.key(0))
+    """The features to probe: those asked for, or all that the task knows. Raises `Invalid`."""
+    truth = truth_of(run)
     for name in asked:
-        if name not in truth or truth[name].kind != "binary":
-            known = [n for n, t in truth.items() if t.kind == "binary"]
-            raise Invalid("features", name, f"allowed: binary truth of {run.task.kind}: {', '.join(known)}")
-    return asked or tuple(n for n, t in truth.items() if t.kind == "binary")
+        if name not in truth:
+            raise Invalid("features", name, f"allowed: truth of {run.task.kind}: {', '.join(truth)}")
+    return asked or tuple(truth)
 
 
-def sites_of(run: Run, families: tuple[str, ...]) -> tuple[str, ...]:
-    """The model's sites of some families. Raises `Invalid`."""
+def places_of(run: Run, families: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The model's sites of some families, with family and layer (-1: before the first). Raises `Invalid`."""
     known = run.model.probed_sites()
     for family in families:
         if family not in known:
             raise Invalid("families", family, f"allowed for {run.model.kind}: {', '.join(known)}")
-    return tuple(s for family in families for s in known[family])
+    return [{"site": s, "family": f, "layer": int(s.split(".")[1]) if "." in s else -1} for f in families for s in known[f]]
+
+
+def sites_of(run: Run, families: tuple[str, ...]) -> tuple[str, ...]:
+    """Their names."""
+    return tuple(place["site"] for place in places_of(run, families))
 
 
 def reads_of(run: Run, feature: str) -> list[dict[str, Any]]:
     """Index and position of each read of a feature; the position is null where it differs between examples."""
     keys = jax.random.split(jax.random.key(0), 64)
     positions = np.asarray(jax.vmap(lambda k: run.task.sample(k, run.task.prepare()).truth[feature].positions)(keys))
-    same = (positions == positions[0]).all(0)
+    same = (positions == positions[0]).all(0) & (positions[0] >= 0)
     return [{"index": r, "position": int(positions[0, r]) if same[r] else None} for r in range(positions.shape[1])]
 
 
 @spec
 class Probe(ReplicaInstrument):
-    """Logistic probes of every binary feature at every site and read, on held-out examples.
+    """Linear probes of every feature at every site and read, fitted on the validation part of the split, scored on the test part.
 
-    `accuracy` (share, 0 to 1) and `log_loss` (nats) on the test part of the split, after fitting on the
-    validation part: examples that the network was not trained on. Chance is the column `chance`
-    (always guessing the more frequent label), the ceiling 1. Controls: `control`, the accuracy after
-    fitting to random labels of the same frequency (Hewitt and Liang 2019), and `untrained`, that of the same probe on the
-    network before training, null where step 0 was not recorded.
+    By the kind of truth, with the penalty of scikit-learn's C=100 (`c`), and the metrics that are not null:
+      binary       a logistic regression: `accuracy` (share, 0 to 1), `log_loss` (nats)
+      multilabel   one for each label, a row each (column `label`, null elsewhere): the same metrics
+      categorical  one for each class against the rest: accuracy of the likeliest, log loss of the normalised probabilities
+      number       least squares: `mse` (the number's unit squared), `r2` (share of the variance, below 0: worse than the mean)
+    A probe's score is its accuracy, or its r2. `chance` is the score of always guessing the most frequent value (r2: 0),
+    the ceiling 1. Controls: `control`, the score after fitting to the labels of random other examples (Hewitt and
+    Liang 2019), and `untrained`, that of the same probe on the network before training, null where step 0 was not
+    recorded. `index` counts the reads; what no test example has is left out.
     """
 
-    features: tuple[str, ...] = field((), "features to probe; empty: all binary ones")
+    features: tuple[str, ...] = field((), "features to probe; empty: all")
     families: tuple[str, ...] = field(("embed", "resid"), "families of sites; see Model.probed_sites")
     fit: int = field(2048, "examples to fit on", ge=2, le=1_000_000)
     test: int = field(1024, "examples to test on", ge=1, le=1_000_000)
@@ -149,44 +141,72 @@ class Probe(ReplicaInstrument):
         rows = [draw_set(run.task, part, k, n, data) for (part, n), k in zip(parts, keys, strict=False)]
         seen = [vectors(run, params, r, sites_of(run, self.families)) for r in rows]
         names = features_of(run, self.features)
-        train, test = (lambda name, i=i: reads(seen[i], rows[i], name) for i in (0, 1))
+        train, test = (lambda name, i=i: reads(run, seen[i], rows[i], name) for i in (0, 1))
         return {name: self._feature(train(name), test(name), keys[2]) for name in names}
 
-    def _feature(self, train: Reads, test: Reads, key: jax.Array) -> dict[str, Float[Array, "site read"]]:
+    def _feature(self, train: Reads, test: Reads, key: jax.Array) -> dict[str, Float[Array, "site read *label"]]:
         if self.control:
-            train, test = with_random_labels(key, train), with_random_labels(key, test)
-        accuracy, log_loss = _score(fit(train, self.c), test)
-        count = test.counted.sum(1)
-        ones = (test.y[0] * test.counted).sum(1) / jnp.maximum(count, 1)
-        made = {
-            "accuracy": accuracy[0],
-            "log_loss": log_loss[0],
-            "chance": jnp.broadcast_to(jnp.maximum(ones, 1 - ones), accuracy[0].shape),
-        }
+            train, test = (with_random_labels(k, r) for k, r in zip(jax.random.split(key), (train, test), strict=True))
+        probes = fit(train, self.c)
         if self.control:
-            made["control"] = accuracy[1]
-        return {name: jnp.where(count > 0, values, jnp.nan) for name, values in made.items()}
+            (probes, wrong), (y, wrong_y) = halves(probes), halves(test.y)
+            made = score(probes, test._replace(y=y))
+            made["control"] = _headline(score(wrong, test._replace(y=wrong_y)))
+        else:
+            made = score(probes, test)
+        known = (train.counted.sum(1) > 0) & (test.counted.sum(1) > 0)
+        made = {name: jnp.where(known, values, jnp.nan) for name, values in made.items()}
+        several = test.kind == "multilabel"
+        return {name: jnp.moveaxis(values, 0, -1) if several else values[0] for name, values in made.items()}
 
     def layouts(self, run: Run) -> dict[str, Layout]:
-        sites = [{"site": s, "family": s.partition(".")[0], "layer": int(s.partition(".")[2] or -1)} for s in sites_of(run, self.families)]
-        names = features_of(run, self.features)
-        return {name: Layout({"feature": name}, [sites, reads_of(run, name)]) for name in names}
+        truth = truth_of(run)
+        sites, made = places_of(run, self.families), {}
+        for name in features_of(run, self.features):
+            labels = [[{"label": i} for i in range(truth[name].values.shape[1])]] if truth[name].kind == "multilabel" else []
+            constant = {"feature": name} if labels else {"feature": name, "label": None}
+            made[name] = Layout(constant, [sites, reads_of(run, name), *labels])
+        return made
 
     def finish(self, table: pa.Table) -> pa.Table:
-        columns = ("run", "feature", "site", "index")
-        start = {key: a for *key_, a, s in _tuples(table, *columns, "accuracy", "step") if s == 0 for key in [tuple(key_)]}
-        untrained = [start.get(tuple(key)) for key in _tuples(table, *columns)]
-        return table.append_column("untrained", pa.array(untrained, pa.float32()))
+        names = [n for n in METRICS if n != "control" or self.control]
+        for name, kind in (("label", pa.int32()), ("position", pa.int32()), *((n, pa.float32()) for n in names)):
+            values = table[name].cast(kind) if name in table.column_names else pa.nulls(len(table), kind)
+            table = table.drop_columns(name) if name in table.column_names else table
+            table = table.append_column(name, values)
+        columns = ("run", "feature", "site", "index", "label")
+        scores = [r2 if a is None else a for a, r2 in _tuples(table, "accuracy", "r2")]
+        keys = _tuples(table, *columns)
+        start = {key: s for key, s, step in zip(keys, scores, table["step"].to_pylist(), strict=True) if step == 0}
+        return table.append_column("untrained", pa.array([start.get(key) for key in keys], pa.float32()))
 
 
-def _score(probes: Probes, test: Reads) -> tuple[Float[Array, "labels site read"], Float[Array, "labels site read"]]:
-    """Accuracy and log loss of probes on other examples."""
-    scores = jnp.einsum("srnd,lsrd->lsrn", test.x, probes.w) + probes.b[..., None]
-    y, counted = test.y[:, None], test.counted
-    right = ((scores > 0) == (y > 0.5)) * counted
-    nats = counted * (jax.nn.softplus(scores) - y * scores)
-    total = jnp.maximum(counted.sum(-1), 1)
-    return right.sum(-1) / total, nats.sum(-1) / total
+def score(probes: Probes, test: Reads) -> Scores:
+    """Metrics of probes on other examples, and the chance level of the first of them."""
+    count = jnp.maximum(test.counted.sum(-1), 1)
+
+    def mean(values: Num[Array, "*any read n"] | Bool[Array, "*any read n"]) -> Float[Array, "*any read"]:
+        return (values * test.counted).sum(-1) / count
+
+    scores = jnp.einsum("srnd,lsrd->lsrn", test.x, probes.w, precision="highest") + probes.b[..., None]
+    y = test.y[:, None]
+    if test.kind == "number":
+        mse, variance = mean((scores - y) ** 2), mean((y - mean(y)[..., None]) ** 2)
+        made = {"mse": mse, "r2": jnp.where(variance > 0, 1 - mse / variance, jnp.nan), "chance": jnp.zeros(())}
+    elif test.kind == "categorical":
+        nats = -jax.nn.log_softmax(jax.nn.log_sigmoid(scores), 0)
+        right = jnp.take_along_axis(jnp.broadcast_to(y, scores.shape), scores.argmax(0)[None], 0)
+        made = {"accuracy": mean(right), "log_loss": mean((y * nats).sum(0, keepdims=True)), "chance": mean(y).max(0, keepdims=True)}
+    else:
+        ones = mean(y)
+        right = (scores > 0) == (y > 0.5)
+        made = {"accuracy": mean(right), "log_loss": mean(jax.nn.softplus(scores) - y * scores), "chance": jnp.maximum(ones, 1 - ones)}
+    shape = next(iter(made.values())).shape
+    return {name: jnp.broadcast_to(values, shape) for name, values in made.items()}
+
+
+def _headline(made: Scores) -> Float[Array, "label site read"]:
+    return made["accuracy"] if "accuracy" in made else made["r2"]
 
 
 def _tuples(table: pa.Table, *names: str) -> list[tuple[Any, ...]]:

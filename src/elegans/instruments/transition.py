@@ -47,8 +47,9 @@ class Transition(StoreInstrument):
     """When the loss falls, when a feature becomes readable, and which came first.
 
     Per run, table `transition`: `loss_step`, the step at which validation loss has fallen half-way from the
-    plateau to the floor for good; `feature_step`, the step at which the probes' accuracy, averaged over reads
-    at the site that is best at the end, has risen half-way from untrained to its end; `lead` = log10(loss_step /
+    plateau to the floor for good; `feature_step`, the step at which the probes' score (accuracy; r2 of a number),
+    averaged over reads and labels at the site that is best at the end, has risen half-way from untrained to its
+    end; `lead` = log10(loss_step /
     feature_step), in decades of training steps (the same as decades of FLOPs), positive where the feature came
     first. Missing where the run never learned, or the probe never rose by `least`. Steps lie between recorded
     ones, so a lead is no finer than the spacing of evaluations and recorded weights.
@@ -58,13 +59,14 @@ class Transition(StoreInstrument):
     """
 
     confidence: float = field(0.95, "coverage of the intervals", gt=0, lt=1)
-    least: float = field(0.05, "smallest rise of a probe's mean accuracy that counts as learned", gt=0, lt=1)
+    least: float = field(0.05, "smallest rise of a probe's mean score that counts as learned", gt=0, lt=1)
     same: float = field(0.1, "decades within which two transitions are the same", gt=0)
 
     def tables(self, store: Store) -> dict[str, pa.Table]:
         if not store.has("probe"):
             raise Invalid("store", str(store.path), "transition needs probes: run `elegans measure probe` first")
-        query = "select run, feature, site, step, avg(accuracy) as accuracy from probe group by all order by step"
+        query = """select run, feature, site, step, avg(coalesce(accuracy, r2)) as score from probe
+            where coalesce(accuracy, r2) is not null group by all order by step"""
         probes, curves = _nested(store.sql(query)), self._losses(store)
         rows = []
         for (run, feature), by_site in probes.items():
@@ -93,10 +95,10 @@ class Transition(StoreInstrument):
 
     def _feature_step(self, by_site: dict[str, list[tuple[int, float]]]) -> float | None:
         curve = max(by_site.values(), key=lambda points: points[-1][1])
-        steps, accuracy = zip(*curve, strict=True)
-        if accuracy[-1] - accuracy[0] < self.least:
+        steps, score = zip(*curve, strict=True)
+        if score[-1] - score[0] < self.least:
             return None
-        return crossing(steps, accuracy, (accuracy[0] + accuracy[-1]) / 2)
+        return crossing(steps, score, (score[0] + score[-1]) / 2)
 
     def _leads(self, store: Store, rows: list[dict[str, Any]]) -> pa.Table:
         groups = group_names(store)
@@ -134,10 +136,10 @@ _LEAD = pa.schema(
 
 
 def _nested(table: pa.Table) -> dict[tuple[str, str], dict[str, list[tuple[int, float]]]]:
-    """(run, feature) to site to [(step, accuracy)]."""
+    """(run, feature) to site to [(step, score)]."""
     made: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
     for row in table.to_pylist():
-        made.setdefault((row["run"], row["feature"]), {}).setdefault(row["site"], []).append((row["step"], row["accuracy"]))
+        made.setdefault((row["run"], row["feature"]), {}).setdefault(row["site"], []).append((row["step"], row["score"]))
     return made
 
 

@@ -322,7 +322,8 @@ class Transformer(Model):
             "mlp_out": self.mlp is not None,
         }
         layers = {f: tuple(f"{f}.{i}" for i in range(self.layers)) for f, present in per_layer.items() if present}
-        return {"embed": ("embed",), **layers}
+        heads = tuple(f"z.{i}.{h}" for i in range(self.layers) for h in range(self.heads)) if self.attention else ()
+        return {"embed": ("embed",), **layers, **({"head": heads} if heads else {})}
 
     def flops_per_token(self, vocab: int, positions: float, convention: str) -> float:
         if convention == "kaplan":

@@ -1,0 +1,93 @@
+"""Linear readers: logistic and least-squares regression, each written for one probe and run for all of them at once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NEWTON_STEPS = 15  # the gradient of every probe tested is below 1e-3 of its start by then
+HALVINGS = (1.0, 0.5, 0.25, 0.0625, 0.0)  # step lengths tried by the line search
+REFINEMENTS = 3  # of a least-squares solution: the factor is damped, the residual is not
+DAMPING = 5e-7  # of the whole curvature, a few roundings of float32: a design of deficient rank still has a factor
+
+
+class Probes(NamedTuple):
+    """Fitted probes: score = x @ w + b."""
+
+    w: Float[Array, "*probe d_model"]
+    b: Float[Array, "*probe"]
+    loss: Float[Array, "*probe"]  # on what it was fitted to: mean log loss in nats, or mean squared error
+
+
+def fit_logistic(x: Float[Array, "n d"], y: Float[Array, " n"], counted: Float[Array, " n"], c: Any) -> Probes:
+    """Logistic regression with an L2 penalty, the problem of scikit-learn's `LogisticRegression(C=c)`.
+
+    Minimises w.w/2 + c * sum of log(1 + exp(-(2y - 1)(x.w + b))) over the counted examples by Newton's
+    method with a line search; the intercept is not penalised.
+    """
+    mean = mean_of(x, counted)
+    design = jnp.concatenate([x - mean, jnp.ones((x.shape[0], 1), x.dtype)], 1)
+    penalty = jnp.append(jnp.ones(x.shape[1]), 1e-6) / c
+
+    def losses(beta: Float[Array, " d1"], score: Float[Array, " n"]) -> Float[Array, ""]:
+        return (counted * (jax.nn.softplus(score) - y * score)).sum() + 0.5 * (penalty * beta * beta).sum()
+
+    def newton(_: Int[Array, ""], now: tuple[Array, Array]) -> tuple[Array, Array]:
+        beta, score = now
+        p = jax.nn.sigmoid(score)
+        gradient = design.T @ (counted * (p - y)) + penalty * beta
+        curvature = counted * jnp.maximum(p * (1 - p), 1e-6)
+        direction = _solver((design * curvature[:, None]).T @ design, penalty)(gradient)
+        along = design @ direction
+        values = jnp.stack([losses(beta - s * direction, score - s * along) for s in HALVINGS])
+        step = jnp.asarray(HALVINGS)[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
+        return jnp.where(step > 0, beta - step * direction, beta), jnp.where(step > 0, score - step * along, score)
+
+    with jax.default_matmul_precision("highest"):
+        start = jnp.zeros(design.shape[1]), jnp.zeros(design.shape[0])
+        beta, _ = jax.lax.fori_loop(0, NEWTON_STEPS, newton, start)
+        score = design @ beta
+        b = beta[-1] - mean @ beta[:-1]
+    nats = (counted * (jax.nn.softplus(score) - y * score)).sum() / jnp.maximum(counted.sum(), 1)
+    return Probes(beta[:-1], b, nats)
+
+
+def fit_squares(x: Float[Array, "n d"], y: Float[Array, " n"], counted: Float[Array, " n"], c: Any) -> Probes:
+    """Least squares with an L2 penalty, the problem of scikit-learn's `Ridge(alpha=1 / c)`.
+
+    Minimises w.w/2 + c/2 * sum of (y - x.w - b)^2 over the counted examples; the intercept is not penalised.
+    """
+    mean, middle = mean_of(x, counted), mean_of(y, counted)
+    design, target = (x - mean) * counted[:, None], (y - middle) * counted
+    with jax.default_matmul_precision("highest"):
+        solve = _solver(design.T @ design, jnp.full(x.shape[1], 1.0) / c)
+        w = jnp.zeros(x.shape[1])
+        for _ in range(REFINEMENTS):
+            w = w + solve(design.T @ (target - design @ w) - w / c)
+        error = target - design @ w
+        b = middle - mean @ w
+    return Probes(w, b, (error * error).sum() / jnp.maximum(counted.sum(), 1))
+
+
+def mean_of(x: Float[Array, "n *d"], counted: Float[Array, " n"]) -> Float[Array, "*d"]:
+    """Mean over the counted examples; 0 where there are none."""
+    weight = counted / jnp.maximum(counted.sum(), 1)
+    return jnp.tensordot(weight, x, 1, precision="highest")
+
+
+def _solver(gram: Float[Array, "d d"], penalty: Float[Array, " d"]) -> Any:
+    """The solution of (gram + penalty) v = g, slightly damped, as a function of g.
+
+    Should rounding leave no factor, a step of steepest descent, no longer than the steepest curvature allows.
+    """
+    whole = jnp.trace(gram)
+    factor = jax.scipy.linalg.cho_factor(gram + jnp.diag(penalty + DAMPING * whole))
+
+    def solve(g: Float[Array, " d"]) -> Float[Array, " d"]:
+        v = jax.scipy.linalg.cho_solve(factor, g)
+        return jnp.where(jnp.isfinite(v).all(), v, g / (whole + penalty.max()))
+
+    return solve
