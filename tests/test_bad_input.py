@@ -15,7 +15,7 @@ run:
   steps: 10
 """
 BAD_FILES = {
-    "unknown task": (GOOD.replace("addition", "additon"), "task.kind", "additon", "addition, parity"),
+    "unknown task": (GOOD.replace("addition", "additon"), "task.kind", "additon", "addition, breadth_first_search"),
     "unknown field": (GOOD.replace("d_model", "width"), "model.width", "16", "d_model"),
     "unknown key": (GOOD + "swep: {}\n", "swep", "{}", "sweep"),
     "wrong type": (GOOD.replace("steps: 10", "steps: ten"), "steps", "ten", "whole number"),
@@ -116,7 +116,7 @@ def test_a_newer_store(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["show", "additon"], ["task", "additon", "addition, parity"]),
+        (["show", "additon"], ["task", "additon", "addition, breadth_first_search"]),
         (["show", "addition", "length=x"], ["length", "x", "whole number"]),
         (["show", "addition", "length=1,2"], ["length", "1,2", "one value"]),
         (["show", "addition", "split.train=0.99"], ["validation", "0.05", "nothing is left"]),

@@ -98,7 +98,9 @@ def train(
         opened.remove(work.discarded)
         for planned in work.new:
             opened.add(planned, provenance(work.device, work.memory))
-        unfinished = _unfinished(opened, work.runs)
+        # the longest first, so that others compile meanwhile; the shortest where time is short, so that most finish
+        order = 1 if minutes is not None else -1
+        unfinished = sorted(_unfinished(opened, work.runs), key=lambda found: order * found[1].flops)
         wanted = [(planned, s) for cohort, planned in unfinished for s in planned.segments if s.stop > cohort.status()["step"]]
         with Ahead(wanted, work.device) as ahead:
             for cohort, planned in unfinished:

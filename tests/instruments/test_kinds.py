@@ -224,6 +224,7 @@ def test_what_a_token_knows_of_itself_is_found_at_the_embedding(rolled):
     assert rolled[(rolled["site"] == "resid.0") & (rolled["feature"] == "total")]["r2"].item() > 0.8  # attention mixes in the first
 
 
+@pytest.mark.slow
 def test_every_kind_can_be_ablated():
     run = Run(Dice(split=None), Transformer(layers=1, d_model=16, heads=2), steps=1, data_seed=0, init_seed=0)
     params = run.model.init(jax.random.key(1), 13, 3)

@@ -388,7 +388,7 @@ def test_unusable_files_of_graphs_are_refused_in_one_line(tmp_path) -> None:
     refused(good.strip()[:-1] + b"\x20x\n", "line 1 is no graph6")
     refused(good.strip()[:-1] + bytes([good[-2] + 1]), "line 1 is no graph6")  # a bit behind the last edge
     refused(b":Fa@x^\n", "line 1 is no graph6")  # sparse6
-    with pytest.raises(Invalid, match=r"^graphs: .*nowhere\.g6' is not allowed; No such file or directory"):
+    with pytest.raises(Invalid, match=r"^graphs: .* is not allowed; No such file or directory"):
         BreadthFirstSearch(vertices=5, graphs=str(tmp_path / "nowhere.g6")).prepare()
 
 

@@ -120,14 +120,14 @@ def _cohort(members: list[Run], memory: int, devices: int, needed: int) -> Cohor
 def shrink(lengths: Sequence[int], flops_per_step: float) -> list[Segment]:
     """Segments of a cohort whose runs have these lengths, longest first.
 
-    When at most half of the replicas still train, they move to a program of the next power of two, where
+    When at most a quarter of the replicas still train, they move to a program of the next power of two, where
     the idle replicas' steps that this saves are worth compiling it.
     """
     segments, begin, size = [], 0, len(lengths)
     for stop in sorted(set(lengths))[:-1]:
         live = sum(n > stop for n in lengths)
         smaller = 1 << (live - 1).bit_length()
-        if live <= size / 2 and (size - smaller) * (lengths[0] - stop) * flops_per_step >= SHRINK_FLOPS:
+        if live <= size / 4 and (size - smaller) * (lengths[0] - stop) * flops_per_step >= SHRINK_FLOPS:
             segments.append(Segment(begin, stop, size))
             begin, size = stop, smaller
     return [*segments, Segment(begin, lengths[0], size)]
@@ -159,22 +159,30 @@ def check(run: Run, memory: int) -> int:
 
 
 def traced_bytes(run: Run) -> int:
-    """Sum of every array that one training step makes, unfused and never freed: an upper bound on its memory."""
+    """Most bytes that one training step keeps at a time, unfused: an upper bound on its memory."""
     task = prepare(run.task)
 
     def step(run: Run) -> Any:
         return advance(run, start(run), jnp.int32(0), draw_data(run, task))
 
-    return _bytes(traced(run, lambda r: jax.make_jaxpr(step)(r)).jaxpr)
+    return _peak(traced(run, lambda r: jax.make_jaxpr(step)(r)).jaxpr)
 
 
-def _bytes(jaxpr: Any) -> int:
-    total = 0
-    for eqn in jaxpr.eqns:
-        inner = [v for v in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(v)]
-        total += sum(_bytes(getattr(j, "jaxpr", j)) for j in inner)
-        total += sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.outvars if hasattr(v.aval, "dtype") and not inner)
-    return total
+def _peak(jaxpr: Any) -> int:
+    """Most bytes alive at a time where every array is made in order and freed after its last use; inner programs on top."""
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, jex.Literal)}
+    last |= dict.fromkeys((v for v in jaxpr.outvars if not isinstance(v, jex.Literal)), len(jaxpr.eqns))
+    ends: dict[int, int] = {}  # bytes that an equation is the last to use
+    alive = peak = 0
+    for i, eqn in enumerate(jaxpr.eqns):
+        inner = [getattr(v, "jaxpr", v) for v in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(v)]
+        made = [(v, v.aval.size * v.aval.dtype.itemsize) for v in eqn.outvars if hasattr(v.aval, "dtype")]
+        alive += sum(size for _, size in made)
+        peak = max(peak, alive + max(map(_peak, inner), default=0))
+        for v, size in made:
+            ends[last.get(v, i)] = ends.get(last.get(v, i), 0) + size
+        alive -= ends.pop(i, 0)
+    return peak
 
 
 def _is_jaxpr(value: Any) -> bool:

@@ -1,0 +1,32 @@
+"""The grid of the study: how many runs, how long."""
+
+import pytest
+
+from elegans import Addition, Multiplication, replace
+from elegans.studies import quiet_features
+
+
+def test_configurations_and_steps_of_addition_and_multiplication() -> None:
+    """Counted from the published formula: steps = ceil(C / (6 (12 L d^2 + L ctx d) batch ctx)), kept from 1 to 1e5."""
+
+    def counted(context: int, decades: range) -> int:
+        sizes = [(d, n, b) for d in (8, 16, 32, 64, 128, 256, 512) for n in (4, 16) for b in (8, 64)]
+        cost = {s: 6 * (12 * s[1] * s[0] ** 2 + s[1] * context * s[0]) * s[2] * context for s in sizes}
+        return 4 * sum(-(-(10**k) // c) <= 100_000 for c in cost.values() for k in decades)
+
+    for task, context, decades in ((Addition(), 52, range(9, 16)), (Multiplication(), 67, range(9, 17))):
+        assert len(list(quiet_features.configurations(task))) == counted(context, decades)
+    base = replace(next(quiet_features.configurations(Addition())), "model.d_model", 128)
+    assert replace(replace(base, "batch", 64), "flops", 1e15).length == 61_595
+
+
+@pytest.mark.slow
+def test_the_whole_grid() -> None:
+    runs = [run for task in quiet_features.TASKS for run in quiet_features.configurations(task)]
+    assert len(runs) == 6664 and sum(run.length == 1 for run in runs) == 1376
+
+
+def test_seeds_end_where_budgets_are_large() -> None:
+    cheap = next(quiet_features.configurations(Addition()))
+    assert [run.seed for run in quiet_features.seeds(cheap)] == [0, 1, 2]
+    assert len(quiet_features.seeds(replace(cheap, "flops", 1e14))) == 1
