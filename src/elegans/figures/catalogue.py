@@ -18,6 +18,7 @@ from elegans.errors import Invalid
 from elegans.figures import queries
 from elegans.store import Store
 from elegans.tasks import Task
+from elegans.training.run import SEEDS
 
 NEEDED = {
     "runs": ("run", "cohort", "label", "state", "diverged_at", "length", "parameters", "flops_per_step"),
@@ -29,7 +30,6 @@ NEEDED = {
     "lead": ("group", "feature", "runs", "of", "mean", "low", "high", "verdict"),
 }
 OPTIONAL = {"probe": ("control", "untrained")}  # null where an instrument was told not to measure them
-SEEDS = ("seed", "data_seed", "init_seed")
 SHADES = 8  # values of a field that get a colour each; more are binned
 BINS = 5
 LEARNED = "the last validation loss is at or below half-way from plateau to floor (where these are unknown: exact match is 0.5 or more)"

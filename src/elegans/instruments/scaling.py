@@ -164,7 +164,6 @@ def _ended(store: Store) -> tuple[list[Ended], dict[str, Task]]:
 
 def _configuration(spec: dict[str, Any]) -> str:
     """What is chosen at a budget: every field but seeds, lengths and what is recorded."""
-    lengths = ("steps", "examples", "epochs", "flops")
     rest = {
         k: v for k, v in specs.flat(spec).items() if not k.startswith("record") and k not in ("seed", "data_seed", "init_seed", *lengths)
     }

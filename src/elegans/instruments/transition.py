@@ -17,6 +17,7 @@ from elegans.instruments.base import StoreInstrument
 from elegans.specs import field, spec
 from elegans.store import Store
 from elegans.tasks import Task
+from elegans.training.run import SEEDS
 
 
 def crossing(steps: Sequence[float], values: Sequence[float], level: float) -> float | None:
@@ -148,8 +149,7 @@ def group_names(store: Store) -> dict[str, str]:
     lines = store.lines()
     flat = {line["run"]: specs.flat(line["spec"]) for line in lines}
     names = list(dict.fromkeys(name for fields in flat.values() for name in fields))
-    seeds = ("seed", "data_seed", "init_seed")
-    differ = [n for n in names if n not in seeds and len({json.dumps(f.get(n)) for f in flat.values()}) > 1]
+    differ = [n for n in names if n not in SEEDS and len({json.dumps(f.get(n)) for f in flat.values()}) > 1]
     return {run: ", ".join(f"{n.rpartition('.')[2]}={_show(f.get(n))}" for n in differ) or "all runs" for run, f in flat.items()}
 
 

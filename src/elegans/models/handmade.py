@@ -34,7 +34,8 @@ import numpy as np
 from elegans.errors import Invalid
 from elegans.models.base import Params
 from elegans.models.transformer import MLP, Learned, Transformer
-from elegans.tasks.addition import EOS, EQUALS, Addition
+from elegans.tasks.addition import Addition
+from elegans.tasks.bits import EOS, EQUALS
 
 BIT, FETCHED, DIFFER, PROPAGATE, FIRST, CARRY, ANSWER, PLACE = range(8)
 SHARP = 128.0  # between the best score and the next: exp(-128) is 0 in float32, so that not even rounding leaks to a probe

@@ -9,16 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from elegans.specs import field, spec
-from elegans.tasks import counting
-from elegans.tasks.base import Split, Task
-from elegans.tasks.sequences import SYMBOLS, answered, sequence_content, sequence_contents, shuffled_multiset
+from elegans.tasks.sequences import SequenceTask, answered, sequence_content, sequence_contents, shuffled_multiset
 from elegans.types import Example, Truth
 
 LATEST = 9  # the last start, and the longest duration; the first and shortest are 1
 
 
 @spec
-class ActivitySelection(Task):
+class ActivitySelection(SequenceTask):
     """As many activities as fit one after another, greedily by their ends: all starts, all ends, then the chosen pairs.
 
     length=4:    1 4 2 7 3 8 9 8 = 1 3 4 8 $ $ $ $ $     activities 1-3, 4-8, 2-9, 7-8
@@ -31,11 +29,6 @@ class ActivitySelection(Task):
     """
 
     length: int = field(16, "activities offered", ge=1, le=4096)
-    split: Split | None = field(Split(), "how contents are divided")
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return SYMBOLS
 
     @property
     def positions(self) -> int:
@@ -65,17 +58,3 @@ class ActivitySelection(Task):
     @property
     def contents(self) -> int | None:
         return sequence_contents(2 * self.length, LATEST)
-
-    def scored_tokens(self) -> float:
-        return counting.means(self)[0]
-
-    def mean_positions(self) -> float:
-        return counting.means(self)[1]
-
-    def floor(self) -> float | None:
-        """0: the answer follows from the prompt."""
-        return 0.0
-
-    def plateau(self) -> float | None:
-        """Counted: the law of the chosen activities has no short form."""
-        return counting.plateau(self)

@@ -12,7 +12,18 @@ from jaxtyping import Array, Int
 
 from elegans.specs import field, spec
 from elegans.tasks.base import Split, Task
-from elegans.tasks.bits import EOS, EQUALS, PLUS, SYMBOLS, Order, carries, coin_entropy, pair_content, pair_contents, random_bits
+from elegans.tasks.bits import (
+    SYMBOLS,
+    Order,
+    answered,
+    carries,
+    coin_entropy,
+    operands,
+    operands_content,
+    ordered,
+    pair_contents,
+    random_bits,
+)
 from elegans.types import Example, Truth
 
 
@@ -54,11 +65,7 @@ class Addition(Task):
         carry = carries(x, y)
         total = jnp.append(x ^ y ^ jnp.append(0, carry[:-1]), carry[-1])
         answer = jnp.stack([total[:n], carry], 1).reshape(-1) if self.cot else total
-        x_shown, y_shown = (v if self.inputs == "lsb" else v[::-1] for v in (x, y))
-        answer = answer if self.outputs == "lsb" else answer[::-1]
-        plus, equals, end = (jnp.array([t]) for t in (PLUS, EQUALS, EOS))
-        tokens = jnp.concatenate([x_shown, plus, y_shown, equals, answer, end])
-        scored = jnp.arange(self.positions) >= 2 * n + 1
+        tokens, scored = answered(operands(x, y, self.inputs), ordered(answer, self.outputs))
         return Example(tokens, scored, self._truth(x, carry))
 
     def _truth(self, x: Array, carry: Array) -> dict[str, Truth]:
@@ -71,11 +78,7 @@ class Addition(Task):
         return {"first_operand": Truth(x, reads[:-1]), "carry": Truth(carry, reads[1:])}
 
     def content(self, example: Example) -> Int[Array, " words"]:
-        n = self.length
-        x, y = example.tokens[:n], example.tokens[n + 1 : 2 * n + 1]
-        if self.inputs == "msb":
-            x, y = x[::-1], y[::-1]
-        return pair_content(x, y)
+        return operands_content(example.tokens, self.length, self.inputs)
 
     @property
     def contents(self) -> int | None:

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Int, UInt32
 
 from elegans.errors import Invalid
-from elegans.randomness import Purpose, key_for, keyed_hash
+from elegans.randomness import keyed_hash
 from elegans.specs import Spec, field, spec, structure
+from elegans.tasks import counting
 from elegans.types import Example
 
 SMALL_SPACE = 2**16  # spaces with fewer contents are ranked and cut exactly
@@ -107,9 +108,7 @@ class Task(Spec):
 
     def scored_tokens(self) -> float:
         """Mean number of scored tokens in a row; estimated from 4,096 rows unless a task says it exactly."""
-        keys = jax.random.split(key_for(0, Purpose.INSTRUMENT), 4096)
-        rows = jax.vmap(lambda key, data: self.sample(key, data).scored, (0, None))(keys, self.prepare())
-        return float(rows.sum(1).mean())
+        return float(counting.rows(self, 4096)[1].sum(1).mean())
 
     def mean_positions(self) -> float:
         """Mean number of tokens before padding, the context that FLOP budgets count."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from elegans.tasks.base import SMALL_SPACE
 
@@ -47,6 +47,28 @@ def pair_content(x: Int[Array, " bit"], y: Int[Array, " bit"]) -> Int[Array, " w
     if pair_contents(x.shape[0]) is None:
         return jnp.concatenate([small, large])
     return large * (large + 1) // 2 + small
+
+
+def answered(prompt: Int[Array, " n"], answer: Int[Array, " m"]) -> tuple[Int[Array, " position"], Bool[Array, " position"]]:
+    """Tokens and scored marks of a prompt, `=`, an answer and the end."""
+    tokens = jnp.concatenate([prompt, jnp.array([EQUALS]), answer, jnp.array([EOS])])
+    return tokens, jnp.arange(tokens.shape[0]) >= prompt.shape[0]
+
+
+def operands(x: Int[Array, " bit"], y: Int[Array, " bit"], order: Order = "lsb") -> Int[Array, " n"]:
+    """The prompt `x+y`."""
+    return jnp.concatenate([ordered(x, order), jnp.array([PLUS]), ordered(y, order)])
+
+
+def ordered(bits: Int[Array, " bit"], order: Order) -> Int[Array, " bit"]:
+    """Bits, least significant first, as an order shows them; and back."""
+    return bits if order == "lsb" else bits[::-1]
+
+
+def operands_content(tokens: Int[Array, " position"], length: int, order: Order = "lsb") -> Int[Array, " words"]:
+    """The content of a row that begins with `operands` of `length` bits each."""
+    x, y = tokens[:length], tokens[length + 1 : 2 * length + 1]
+    return pair_content(ordered(x, order), ordered(y, order))
 
 
 def carries(x: Int[Array, " bit"], y: Int[Array, " bit"]) -> Int[Array, " bit"]:

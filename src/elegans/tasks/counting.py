@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -29,25 +29,38 @@ def aligned(tokens: np.ndarray, scored: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.take_along_axis(tokens, turn, 1), np.take_along_axis(scored, turn, 1)
 
 
-@functools.cache
-def plateau(task: Task, count: int = ROWS) -> float:
-    """Best loss that sees only the output position, nats per scored token, from counts of tokens at every position.
+class Counted(NamedTuple):
+    """What counting rows says of a task."""
 
-    Positions are counted from the first scored token.
-    The entropy of counted shares is too small by about (symbols - 1) / (2 rows) a position; that much is
-    added (Miller 1955, "Note on the bias of information estimates").
+    scored: float  # mean number of scored tokens
+    end: float  # mean number of tokens up to the last scored one
+    plateau: float  # nats per scored token
+
+
+@functools.cache
+def counted(task: Task, count: int = ROWS) -> Counted:
+    """Means and plateau from one draw of rows.
+
+    The plateau is the best loss that sees only the output position, from counts of tokens at every position. Positions are
+    counted from the first scored token. The entropy of counted shares is too small by about (symbols - 1) / (2 rows)
+    a position; that much is added (Miller 1955, "Note on the bias of information estimates").
     """
-    tokens, scored = aligned(*rows(task, count))
+    tokens, scored = rows(task, count)
+    ends = scored.shape[1] - scored[:, ::-1].argmax(1)
+    means = float(scored.sum(1).mean()), float(ends.mean())
+    tokens, scored = aligned(tokens, scored)
     counts = np.stack([((tokens == v) & scored).sum(0) for v in range(task.vocab_size)])  # [vocab, position]
     total = counts.sum(0)
     nats = total * np.log(np.maximum(total, 1)) - (counts * np.log(np.maximum(counts, 1))).sum(0)
     bias = np.maximum((counts > 0).sum(0) - 1, 0) / 2
-    return float((nats + bias).sum() / total.sum())
+    return Counted(*means, float((nats + bias).sum() / total.sum()))
 
 
-@functools.cache
+def plateau(task: Task, count: int = ROWS) -> float:
+    """Best loss that sees only the output position, nats per scored token."""
+    return counted(task, count).plateau
+
+
 def means(task: Task, count: int = ROWS) -> tuple[float, float]:
     """Mean number of scored tokens of a row, and mean number of tokens up to the last scored one."""
-    _, scored = rows(task, count)
-    ends = scored.shape[1] - scored[:, ::-1].argmax(1)
-    return float(scored.sum(1).mean()), float(ends.mean())
+    return counted(task, count)[:2]

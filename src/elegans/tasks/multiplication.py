@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from elegans.specs import field, spec
 from elegans.tasks.base import Split, Task
-from elegans.tasks.bits import EOS, EQUALS, PLUS, SYMBOLS, Order, coin_entropy, pack, pair_content, pair_contents, random_bits
+from elegans.tasks.bits import SYMBOLS, Order, answered, coin_entropy, operands, operands_content, ordered, pack, pair_contents, random_bits
 from elegans.types import Example, Truth
 
 WORD = 16  # bits of a word of `pack`
@@ -54,11 +54,7 @@ class Multiplication(Task):
         partial = jnp.where((place >= 0) & (place < n), x[place % n], 0) * y[:, None]
         words = jax.vmap(pack)(partial)
         answer = carried(words.sum(0))[: 2 * n]
-        x_shown, y_shown = (v if self.inputs == "lsb" else v[::-1] for v in (x, y))
-        answer = answer if self.outputs == "lsb" else answer[::-1]
-        plus, equals, end = (jnp.array([t]) for t in (PLUS, EQUALS, EOS))
-        tokens = jnp.concatenate([x_shown, plus, y_shown, equals, answer, end])
-        scored = jnp.arange(self.positions) >= 2 * n + 1
+        tokens, scored = answered(operands(x, y, self.inputs), ordered(answer, self.outputs))
         return Example(tokens, scored, self._truth(x, partial, jnp.cumsum(words, 0)))
 
     def _truth(self, x: Array, partial: Array, words: Array) -> dict[str, Truth]:
@@ -75,9 +71,7 @@ class Multiplication(Task):
         return {"first_operand": Truth(x, reads[:n]), **carry}
 
     def content(self, example: Example) -> Int[Array, " words"]:
-        n = self.length
-        x, y = example.tokens[:n], example.tokens[n + 1 : 2 * n + 1]
-        return pair_content(x, y) if self.inputs == "lsb" else pair_content(x[::-1], y[::-1])
+        return operands_content(example.tokens, self.length, self.inputs)
 
     @property
     def contents(self) -> int | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from elegans.tasks.base import SMALL_SPACE
+from elegans.specs import field, spec
+from elegans.tasks import counting
+from elegans.tasks.base import SMALL_SPACE, Split, Task
 
 NUMBERS = 19
 SYMBOLS = (*map(str, range(NUMBERS)), "=", "$")
@@ -46,3 +50,29 @@ def sequence_content(digits: Int[Array, " length"], kinds: int) -> Int[Array, " 
     size = next(d for d in range(30, 0, -1) if kinds**d < 2**31)
     padded = jnp.pad(digits, (0, -digits.shape[0] % size)).reshape(-1, size)
     return (padded * jnp.asarray(kinds ** np.arange(size, dtype=np.int32))).sum(1)
+
+
+@spec
+class SequenceTask(Task):
+    """Numbers, `=`, an answer and the end, padded with ends. Means and plateau are counted where a subclass knows no form."""
+
+    abstract: ClassVar[bool] = True
+    split: Split | None = field(Split(), "how contents are divided")
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return SYMBOLS
+
+    def scored_tokens(self) -> float:
+        return counting.means(self)[0]
+
+    def mean_positions(self) -> float:
+        return counting.means(self)[1]
+
+    def floor(self) -> float | None:
+        """0: the answer follows from the prompt."""
+        return 0.0
+
+    def plateau(self) -> float | None:
+        """Counted."""
+        return counting.plateau(self)

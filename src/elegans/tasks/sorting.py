@@ -12,15 +12,14 @@ from scipy.special import entr
 from scipy.stats import binom
 
 from elegans.specs import field, spec
-from elegans.tasks.base import Split, Task
-from elegans.tasks.sequences import SYMBOLS, answered, sequence_content, sequence_contents
+from elegans.tasks.sequences import SequenceTask, answered, sequence_content, sequence_contents
 from elegans.types import Example, Truth
 
 VALUES = 16
 
 
 @spec
-class Sorting(Task):
+class Sorting(SequenceTask):
     """The numbers of a row again, smallest first; independent and uniform over 0 .. 15.
 
     length=4:  7 10 2 7 = 2 7 7 10 $
@@ -30,11 +29,6 @@ class Sorting(Task):
     """
 
     length: int = field(16, "numbers to sort", ge=1, le=4096)
-    split: Split | None = field(Split(), "how contents are divided")
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return SYMBOLS
 
     @property
     def positions(self) -> int:
@@ -63,9 +57,8 @@ class Sorting(Task):
     def scored_tokens(self) -> float:
         return float(self.length + 2)
 
-    def floor(self) -> float | None:
-        """0: the answer follows from the prompt."""
-        return 0.0
+    def mean_positions(self) -> float:
+        return float(self.positions)
 
     def plateau(self) -> float | None:
         """Mean entropy of the order statistics: the k-th smallest exceeds v where fewer than k numbers, each with (v + 1) / 16, do not."""

@@ -9,16 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from elegans.specs import field, spec
-from elegans.tasks import counting
-from elegans.tasks.base import Split, Task
-from elegans.tasks.sequences import NUMBERS, SYMBOLS, answered, sequence_content, sequence_contents, shuffled_multiset
+from elegans.tasks.sequences import NUMBERS, SequenceTask, answered, sequence_content, sequence_contents, shuffled_multiset
 from elegans.types import Example, Truth
 
 ZERO = NUMBERS // 2  # the token of value 0
 
 
 @spec
-class MaximumSubarray(Task):
+class MaximumSubarray(SequenceTask):
     """The run of numbers with the largest sum, the first of equals, as Kadane's algorithm finds it; value v is token v + 9.
 
     length=5, values 2 -3 4 -1 2:   11 6 13 8 11 = 13 8 11 $ $ $
@@ -31,11 +29,6 @@ class MaximumSubarray(Task):
     """
 
     length: int = field(64, "numbers in the array", ge=1, le=4096)
-    split: Split | None = field(Split(), "how contents are divided")
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return SYMBOLS
 
     @property
     def positions(self) -> int:
@@ -62,17 +55,3 @@ class MaximumSubarray(Task):
     @property
     def contents(self) -> int | None:
         return sequence_contents(self.length, NUMBERS)
-
-    def scored_tokens(self) -> float:
-        return counting.means(self)[0]
-
-    def mean_positions(self) -> float:
-        return counting.means(self)[1]
-
-    def floor(self) -> float | None:
-        """0: the answer follows from the prompt."""
-        return 0.0
-
-    def plateau(self) -> float | None:
-        """Counted: the law of the best run has no short form."""
-        return counting.plateau(self)

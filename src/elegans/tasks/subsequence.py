@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from elegans.specs import field, spec
-from elegans.tasks import counting
-from elegans.tasks.base import Split, Task
-from elegans.tasks.sequences import SYMBOLS, answered, sequence_content, sequence_contents, shuffled_multiset
+from elegans.tasks.sequences import SequenceTask, answered, sequence_content, sequence_contents, shuffled_multiset
 from elegans.types import Example, Truth
 
 LARGEST = 9  # numbers are 1 .. 9
@@ -19,7 +17,7 @@ UNROLL = 16  # rows of the table written out in the program; a GPU starts a loop
 
 
 @spec
-class LongestCommonSubsequence(Task):
+class LongestCommonSubsequence(SequenceTask):
     """The longest sequence that two sequences have in common, x and then y, each `length` long.
 
     length=4, x=1 5 2 6, y=5 6 2 2:   1 5 2 6 5 6 2 2 = 5 2 $ $ $      (5 6 is as long)
@@ -33,11 +31,6 @@ class LongestCommonSubsequence(Task):
     """
 
     length: int = field(16, "numbers in each sequence", ge=1, le=256)
-    split: Split | None = field(Split(), "how contents are divided")
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return SYMBOLS
 
     @property
     def positions(self) -> int:
@@ -64,20 +57,6 @@ class LongestCommonSubsequence(Task):
     @property
     def contents(self) -> int | None:
         return sequence_contents(2 * self.length, LARGEST)
-
-    def scored_tokens(self) -> float:
-        return counting.means(self)[0]
-
-    def mean_positions(self) -> float:
-        return counting.means(self)[1]
-
-    def floor(self) -> float | None:
-        """0: the answer follows from the prompt."""
-        return 0.0
-
-    def plateau(self) -> float | None:
-        """Counted: the law of the longest common subsequence has no short form."""
-        return counting.plateau(self)
 
 
 def lengths(equal: Bool[Array, "x y"]) -> Int[Array, "x1 y1"]:

@@ -73,6 +73,9 @@ class Record(Spec):
 
 # ---- the run
 
+SEEDS = ("seed", "data_seed", "init_seed")
+LENGTHS = ("steps", "examples", "epochs", "flops")  # a run gives exactly one
+
 
 @spec
 class Run(Spec):
@@ -97,7 +100,7 @@ class Run(Spec):
     label: str | None = note(None, "name shown for the run, such as lr={optim.lr}")
 
     def check(self) -> None:
-        lengths = {n: getattr(self, n) for n in ("steps", "examples", "epochs", "flops")}
+        lengths = {n: getattr(self, n) for n in LENGTHS}
         given = [n for n, v in lengths.items() if v is not None]
         if len(given) != 1:
             raise Invalid("steps", given or None, "allowed: exactly one of steps, examples, epochs, flops")
