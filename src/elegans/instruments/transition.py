@@ -19,6 +19,10 @@ from elegans.store import Store
 from elegans.tasks import Task
 from elegans.training.run import SEEDS
 
+# in an order of its own, sums included: rows that arrive in another order must give the same bits, and ties the same site
+READABLE = """select run, feature, site, step, list_avg(list(coalesce(accuracy, r2)::double order by "index", label)) as score
+from probe where coalesce(accuracy, r2) is not null group by run, feature, site, step order by run, feature, step, site"""
+
 
 def crossing(steps: Sequence[float], values: Sequence[float], level: float) -> float | None:
     """The first step at which a rising curve passes a level for good, interpolated on a logarithmic axis of steps.
@@ -66,9 +70,7 @@ class Transition(StoreInstrument):
     def tables(self, store: Store) -> dict[str, pa.Table]:
         if not store.has("probe"):
             raise Invalid("store", str(store.path), "transition needs probes: run `elegans measure probe` first")
-        query = """select run, feature, site, step, avg(coalesce(accuracy, r2)) as score from probe
-            where coalesce(accuracy, r2) is not null group by all order by step"""
-        probes, curves = _nested(store.sql(query)), self._losses(store)
+        probes, curves = _nested(store.sql(READABLE)), self._losses(store)
         rows = []
         for (run, feature), by_site in probes.items():
             learned = curves[run]["cross"]
