@@ -306,8 +306,8 @@ class Still:
     def chunk(self, states: State, step: int, steps: int) -> tuple[State, dict[str, np.ndarray]]:
         return states, {name: np.zeros((steps, self.size)) for name in self.metrics}
 
-    def evaluate(self, params: Any, part: str) -> Evaluation:
-        return Evaluation(*(np.zeros(self.size) for _ in range(3)), np.zeros((self.size, 4)))
+    def evaluate(self, params: Any, part: str, slots: np.ndarray) -> Evaluation:
+        return Evaluation(*(np.zeros(len(slots)) for _ in range(3)), np.zeros((len(slots), 4)))
 
 
 @functools.cache

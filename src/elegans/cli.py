@@ -70,17 +70,19 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Insist on an unfinished run to go on with.")] = False,
     small: Annotated[bool, typer.Option("--small", help="The study's small version, for two CPU cores.")] = False,
     max_budget: Annotated[float | None, typer.Option(help="Leave out runs of more training FLOPs, such as 1e13.", min=0)] = None,
+    share: Annotated[str | None, typer.Option(metavar="I/N", help="The I-th of N parts, for N devices or machines; then merge.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop at a checkpoint after so long; the same command goes on.", min=0)] = None,
     as_json: Json = False,
 ) -> None:
     """Train, measure and report. Run it again to go on: finished runs are skipped, unfinished ones resume."""
     from elegans.describe import plan_rows, run_summary
-    from elegans.loading import load_study, parse_overrides
+    from elegans.loading import load_study, parse_overrides, parse_share
     from elegans.progress import Display
     from elegans.study import prepare, run_study
 
     _load(with_)
     asked = load_study(study, small).override(parse_overrides(overrides or [])).within(max_budget)
+    asked = asked if share is None else asked.share(*parse_share(share))
     folder = store or Path("runs") / asked.name
     options: dict[str, Any] = {"device": device, "memory": memory, "again": again, "resume": resume}
     if plan:

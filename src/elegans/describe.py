@@ -26,8 +26,9 @@ from elegans.tasks import Addition, Task
 from elegans.training import Run
 from elegans.training.checkpoint import WEIGHTS, weights_to_arrays
 from elegans.training.cohort import CHUNK, Programs, resolve
+from elegans.training.cost import rates_of
 from elegans.training.device import choose
-from elegans.training.planner import CohortPlan
+from elegans.training.planner import CohortPlan, seconds
 
 # ---- tasks
 
@@ -118,8 +119,6 @@ def draw_task(found: dict[str, Any]) -> str:
 
 # ---- plans and runs
 
-RATES = {"cpu": (2.5e10, 2e-3, 8.0), "gpu": (2.0e13, 4e-4, 15.0)}  # FLOP/s, s a step, s to compile: rough, see benchmarks/
-
 
 def plan_rows(work: Work) -> pa.Table:
     """A row per cohort to train, and one for all: runs, structures, sizes, bytes, FLOPs, rough time."""
@@ -141,11 +140,10 @@ def plan_rows(work: Work) -> pa.Table:
 
 
 def _plan_row(name: str, plan: CohortPlan, step: int, platform: str) -> dict[str, Any]:
-    rate, overhead, compiling = RATES["cpu" if platform == "cpu" else "gpu"]
     sizes = " > ".join(f"{s.size} to {s.stop}" for s in plan.segments)
-    seconds = compiling * len(plan.segments) + plan.flops / rate + overhead * (plan.steps - step)
+    took = seconds(plan.runs[0], plan.segments, rates_of(platform), step)
     row = {"cohort": name, "structures": 1, "runs": len(plan.runs), "sizes": sizes, "steps": plan.steps - step}
-    return row | {"bytes": plan.bytes, "flops": plan.flops, "seconds": round(seconds, 1)}
+    return row | {"bytes": plan.bytes, "flops": plan.flops, "seconds": round(took, 1)}
 
 
 def run_rows(store: Store) -> pa.Table:

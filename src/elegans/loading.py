@@ -157,3 +157,11 @@ def _values(name: str, text: str) -> list[Any]:
         return [YAML(typ="safe", pure=True).load(text)]
     except YAMLError:
         raise Invalid(name, text, "no value that YAML reads") from None
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """`2/4` as (2, 4). Raises `Invalid`."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal()):
+        raise Invalid("share", text, "allowed: I/N with I from 1 to N, such as 2/4")
+    return int(part), int(parts)

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from elegans.store import Cohort
 from elegans.training import train
-from elegans.training.planner import CohortPlan, flops_per_step
+from elegans.training.cost import flops_per_step
+from elegans.training.planner import CohortPlan
 
 LINE_SECONDS = 10.0  # between lines where there is no terminal
 

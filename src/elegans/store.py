@@ -40,7 +40,8 @@ from elegans.files import file_digest, locked, read_arrays, write_arrays, write_
 from elegans.sources import code_of, custom_files
 from elegans.training.checkpoint import arrays_to_vectors, state_to_arrays, weights_to_arrays
 from elegans.training.cohort import resolve
-from elegans.training.planner import CohortPlan, flops_per_step, parameters
+from elegans.training.cost import flops_per_step, parameters
+from elegans.training.planner import CohortPlan
 from elegans.training.run import Run
 from elegans.training.train import Checkpoint, Compiled, Event, Rows, Weights
 from elegans.types import AnyArray

@@ -24,8 +24,9 @@ from elegans.store import Cohort, Store
 from elegans.training.ahead import Ahead
 from elegans.training.checkpoint import arrays_to_state
 from elegans.training.cohort import Programs
+from elegans.training.cost import flops_per_step, rates_of
 from elegans.training.device import choose, memory_budget, provenance
-from elegans.training.planner import CohortPlan, flops_per_step, plan
+from elegans.training.planner import CohortPlan, divide, plan, seconds
 from elegans.training.run import Run
 from elegans.training.train import Checkpoint, Compiled, Progress, train_cohort
 
@@ -52,6 +53,19 @@ class Study:
         if not kept:
             raise Invalid("max-budget", flops, "allowed: at least the FLOPs of the cheapest run")
         return dataclasses.replace(self, runs=kept)
+
+    def share(self, part: int, parts: int) -> Study:
+        """One of several parts, counted from 1, that take about equally long: whole structures, so that cohorts stay as they are.
+
+        For several devices or machines, each with a store of its own; `elegans archive` and `elegans merge` bring them together.
+        Raises `Invalid`.
+        """
+        if not 1 <= part <= parts:
+            raise Invalid("share", f"{part}/{parts}", "allowed: I/N with I from 1 to N, such as 2/4")
+        runs = divide(self.runs, parts)[part - 1]
+        if not runs:
+            raise Invalid("share", f"{part}/{parts}", "allowed: at most as many parts as structures")
+        return dataclasses.replace(self, runs=runs)
 
 
 def unique(runs: Sequence[Run]) -> list[Run]:
@@ -100,7 +114,8 @@ def train(
             opened.add(planned, provenance(work.device, work.memory))
         # the longest first, so that others compile meanwhile; the shortest where time is short, so that most finish
         order = 1 if minutes is not None else -1
-        unfinished = sorted(_unfinished(opened, work.runs), key=lambda found: order * found[1].flops)
+        rates = rates_of(work.device.platform)
+        unfinished = sorted(_unfinished(opened, work.runs), key=lambda found: order * seconds(found[1].runs[0], found[1].segments, rates))
         wanted = [(planned, s) for cohort, planned in unfinished for s in planned.segments if s.stop > cohort.status()["step"]]
         with Ahead(wanted, work.device) as ahead:
             for cohort, planned in unfinished:
@@ -147,7 +162,7 @@ def prepare(
     missing = [run for run in runs if run.id not in present]
     measured = (lambda members: Programs(members, chosen).bytes()) if compile_to_measure else None
     devices = len(jax.devices("cpu")) if chosen.platform == "cpu" else 1
-    new = plan(missing, budget, measured, devices) if missing else []
+    new = plan(missing, budget, measured, devices, chosen.platform) if missing else []
     return Work(runs, chosen, budget, kept, new, discarded)
 
 

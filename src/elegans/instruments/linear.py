@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 NEWTON_STEPS = 15  # the gradient of every probe tested is below 1e-3 of its start by then
 HALVINGS = (1.0, 0.5, 0.25, 0.0625, 0.0)  # step lengths tried by the line search
 REFINEMENTS = 3  # of a least-squares solution: the factor is damped, the residual is not
-DAMPING = 5e-7  # of the whole curvature, a few roundings of float32: a design of deficient rank still has a factor
+DAMPING = (5e-7, 5e-5)  # of the whole curvature: a few roundings of float32; more where deficient rank leaves no factor with that
 
 
 class Probes(NamedTuple):
@@ -84,10 +84,11 @@ def _solver(gram: Float[Array, "d d"], penalty: Float[Array, " d"]) -> Any:
     Should rounding leave no factor, a step of steepest descent, no longer than the steepest curvature allows.
     """
     whole = jnp.trace(gram)
-    factor = jax.scipy.linalg.cho_factor(gram + jnp.diag(penalty + DAMPING * whole))
+    little, more = (jnp.linalg.cholesky(gram + jnp.diag(penalty + damping * whole)) for damping in DAMPING)
+    factor = jnp.where(jnp.isfinite(little).all(), little, more)
 
     def solve(g: Float[Array, " d"]) -> Float[Array, " d"]:
-        v = jax.scipy.linalg.cho_solve(factor, g)
+        v = jax.scipy.linalg.cho_solve((factor, True), g)
         return jnp.where(jnp.isfinite(v).all(), v, g / (whole + penalty.max()))
 
     return solve

@@ -39,7 +39,7 @@ from elegans.tasks import (
     Task,
     TopologicalSort,
 )
-from elegans.training import AdamW, Constant, Cosine, LogSpaced, Record, Run
+from elegans.training import AdamW, At, Constant, Cosine, LogSpaced, Record, Run
 
 TASKS = (
     *(Addition(length=16), Multiplication(length=16), MajorityOfMajority(length=32)),
@@ -65,7 +65,7 @@ def configurations(task: Task) -> Iterator[Run]:
         model=Transformer(layers=4, d_model=8, heads=4, dtype="bfloat16"),
         optim=AdamW(schedule=Cosine(warmup=0.1, start=0.01, end=0.1)),
         flops=1e9,
-        record=Record(train=LogSpaced(per_decade=10), evaluate=LogSpaced(per_decade=5), examples=1000, by_position=False),
+        record=Record(train=LogSpaced(per_decade=10), evaluate=At(), examples=1000, by_position=False),
         label="{task} d={model.d_model} L={model.layers} B={batch} lr={optim.lr} C={flops} seed={seed}",
     )
     axes = {"model.d_model": WIDTHS, "model.layers": DEPTHS, "batch": BATCHES, "optim.lr": RATES}

@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 
 from elegans.training.cohort import Programs
-from elegans.training.device import cache_misses
 from elegans.training.planner import CohortPlan, Segment
 from elegans.training.run import Run
 
@@ -34,10 +33,10 @@ class Ready:
 
 def build(runs: Sequence[Run], device: jax.Device, devices: int) -> Ready:
     """Compile everything that training some runs of one structure needs."""
-    began, misses = time.perf_counter(), cache_misses()
+    began = time.perf_counter()
     programs = Programs(runs, device, devices)
-    programs.compile_all()
-    return Ready(programs, time.perf_counter() - began, cache_misses() > misses)
+    fresh = programs.compile_all()
+    return Ready(programs, time.perf_counter() - began, fresh)
 
 
 def workers_for(device: jax.Device) -> int:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +22,17 @@ from jaxtyping import Array, Float, Int
 from elegans.errors import Invalid
 from elegans.randomness import Purpose, key_for
 from elegans.tasks.sampling import TaskData, compact, draw_set, prepare
+from elegans.training.device import cache_misses
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
 from elegans.training.step import RunData, State, advance, draw_data, logits_of, params_of, start, token_losses
 from elegans.types import Example
 
 CHUNK = 256  # steps whose metrics are kept on the device before they travel to the host
+EVALUATIONS = 8  # parts of a cohort that are evaluated apart: where one run of many ends, the others need not be
+BLOCK = 64  # rows evaluated at a time, or a batch where that is more: a small batch leaves a device idle
+
+_TRACING = threading.Lock()  # tracing holds Python's own lock: in turns the first is ready first, all at once all are ready last
 
 # ---- grouping and stacking
 
@@ -104,10 +111,10 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(run: Run, vector: Float[Array, " parameter"], rows: Example) -> Evaluation:
-    """Scores on a set, in blocks of the run's batch size so that memory does not grow with the set."""
+    """Scores on a set, in blocks so that memory does not grow with the set."""
     params = params_of(run, vector)
     total = rows.tokens.shape[0]
-    size = min(run.batch, total)
+    size = min(max(run.batch, BLOCK), total)
     padding = -total % size
     blocks = jax.tree.map(lambda a: jnp.pad(a, [(0, padding), (0, 0)]).reshape(-1, size, a.shape[1]), rows)
 
@@ -134,15 +141,17 @@ class Programs:
         """Programs for runs of one structure on a device; a CPU's cores share them, at most `devices` of them."""
         task, axes = share(runs)
         self.spread = spread = Spread(devices_for(device, len(runs), devices), len(runs))
+        few = -(-len(runs) // EVALUATIONS)
+        self.few = Spread(devices_for(device, few, devices), few)
         self.runs, self.task = spread.place(stack(runs)), spread.place(task, axes)
         pair: Any = RunData  # of axes, in the shape of the data
         data = pair(axes, 0)
-        self._step = jax.vmap(_step, (0, 0, data, None), axis_name="replica")
+        self._step = jax.jit(jax.vmap(_step, (0, 0, data, None), axis_name="replica"), inline=True)  # so that it is traced once
         self._functions = {
             "start": spread.jit(_over(start, 0), (0,), 0),
             "data": spread.jit(_over(_finite_set, 0, axes), (0, axes), 0),
             "held_out": spread.jit(_over(draw_held_out, 0, axes), (0, axes), 0),
-            "evaluate": spread.jit(_over(evaluate, 0, 0, 0), (0, 0, 0), 0),
+            "evaluate": self.few.jit(_over(evaluate, 0, 0, 0), (0, 0, 0), 0),
             "chunk": spread.jit(functools.partial(_chunk, self._step), (0, 0, data, None, None), (0, 2), donate=(1,)),
         }
         self._compiled: dict[str, Any] = {}
@@ -154,6 +163,20 @@ class Programs:
         if name not in self._compiled:
             self._compiled[name] = self._functions[name].lower(*args).compile()
         return self._compiled[name]
+
+    def _arguments(self) -> dict[str, tuple[Any, ...]]:
+        """Shapes of the arguments of everything that training and evaluating needs, the largest program first."""
+        rows = jax.eval_shape(self._functions["held_out"], self.runs, self.task)
+        return {
+            "chunk": (self.runs, self.states_like, self._data_like, np.int32(0), np.int32(1)),
+            "evaluate": jax.tree.map(self._few_of, (self.runs, self.states_like.params, rows.validation)),
+            "held_out": (self.runs, self.task),
+            "start": (self.runs,),
+            **({"data": (self.runs, self.task)} if self.runs.train_set else {}),
+        }
+
+    def _few_of(self, a: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.few.replicas, *a.shape[1:]), a.dtype)
 
     @functools.cached_property
     def states_like(self) -> State:
@@ -184,15 +207,14 @@ class Programs:
         """The training program. Raises `Invalid` where custom code branches on a leaf."""
         return self._program("chunk", self.runs, self.states_like, self._data_like, np.int32(0), np.int32(1))
 
-    def compile_all(self) -> None:
-        """Everything that training and evaluating needs."""
-        self.compile()
-        self._program("start", self.runs)
-        rows = jax.eval_shape(self._functions["held_out"], self.runs, self.task)
-        self._program("held_out", self.runs, self.task)
-        self._program("evaluate", self.runs, self.states_like.params, rows.validation)
-        if self.runs.train_set:
-            self._program("data", self.runs, self.task)
+    def compile_all(self) -> bool:
+        """Everything that training and evaluating needs, side by side; whether the persistent cache lacked any of it."""
+        with _TRACING:
+            lowered = {name: self._functions[name].lower(*args) for name, args in self._arguments().items()}
+        with ThreadPoolExecutor(len(lowered)) as pool:
+            made = dict(zip(lowered, pool.map(_compiled, lowered.values()), strict=True))
+        self._compiled = {name: program for name, (program, _) in made.items()}
+        return any(fresh for _, fresh in made.values())
 
     @functools.cached_property
     def metrics(self) -> tuple[str, ...]:
@@ -204,18 +226,28 @@ class Programs:
         states, buffer = self.compile()(self.runs, states, self.data, np.int32(step), np.int32(steps))
         return states, dict(zip(self.metrics, np.asarray(buffer)[:, :steps], strict=True))
 
-    def evaluate(self, params: Any, part: str) -> Evaluation:
-        """Scores of every replica on its own held-out examples of a part."""
+    def evaluate(self, params: Any, part: str, slots: Int[np.ndarray, " slot"]) -> Evaluation:
+        """Scores of some replicas, each on its own held-out examples of a part."""
         if self._rows is None:
             self._rows = self._program("held_out", self.runs, self.task)(self.runs, self.task)
-        rows = getattr(self._rows, part)
-        return jax.tree.map(np.asarray, self._program("evaluate", self.runs, params, rows)(self.runs, params, rows))
+        size, made = self.few.replicas, []
+        for first in range(0, len(slots), size):
+            here = slots[first : first + size]
+            taken = self.few.take((self.runs, params, getattr(self._rows, part)), np.append(here, np.repeat(here[:1], size - len(here))))
+            made.append(jax.tree.map(np.asarray, self._program("evaluate", *taken)(*taken)))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(slots)], *made)
 
     def bytes(self) -> int:
         """Memory of the training program: arguments, results and temporaries, as compiled."""
         m = self.compile().memory_analysis()
         each = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
         return each * len(self.spread.devices)  # they are cores of one CPU, or one device
+
+
+def _compiled(lowered: Any) -> tuple[Any, bool]:
+    """A compiled program, and whether the persistent cache lacked it (which is counted by thread)."""
+    misses = cache_misses()
+    return lowered.compile(), cache_misses() > misses
 
 
 def _over(function: Callable, *axes: Any) -> Callable:

@@ -19,12 +19,12 @@ from jax.extend import core as jex
 from elegans.errors import Invalid
 from elegans.sources import code_of
 from elegans.tasks.sampling import prepare
-from elegans.training.cohort import group, resolve, traced
+from elegans.training.cohort import group, traced
+from elegans.training.cost import Rates, flops_per_step, parameters, rates_of
 from elegans.training.run import Run
-from elegans.training.step import advance, draw_data, shapes_of, start
+from elegans.training.step import advance, draw_data, start
 
 LARGEST = 1024  # replicas of a cohort; throughput saturates far below
-SHRINK_FLOPS = 3e12  # a smaller program is compiled where it saves at least this much training
 CHECKPOINTS = 20  # of a cohort, evenly spaced
 SMALLER = "lower model sizes or batch, or raise --memory"
 
@@ -84,16 +84,31 @@ class CohortPlan:
         return cls(tuple(runs[i] for i in data["runs"]), segments, data["checkpoint_every"], data["memory"], data["devices"], data["bytes"])
 
 
-def plan(runs: Sequence[Run], memory: int, measure: Callable[[Sequence[Run]], int] | None = None, devices: int = 1) -> list[CohortPlan]:
+def plan(
+    runs: Sequence[Run],
+    memory: int,
+    measure: Callable[[Sequence[Run]], int] | None = None,
+    devices: int = 1,
+    platform: str = "cpu",
+) -> list[CohortPlan]:
     """Cohorts of runs, each within `memory` bytes. Traces every structure once, and so finds errors in custom code.
 
     `measure` compiles some runs and returns the bytes they need; without it, or where a bound from
     the trace is already within the budget, nothing is compiled. Raises `Invalid` where one run alone does not fit.
     """
-    return [cohort for members in group(runs) for cohort in _plan_group(members, memory, measure, devices)]
+    rates = rates_of(platform)
+    sized = [found for members in group(runs) for found in _sized(members, memory, measure)]
+    return [_cohort(members, rates, memory, devices, needed) for members, needed in sized]
 
 
-def _plan_group(members: list[Run], memory: int, measure: Callable[[Sequence[Run]], int] | None, devices: int) -> list[CohortPlan]:
+def _cohort(members: list[Run], rates: Rates, memory: int, devices: int, needed: int) -> CohortPlan:
+    lengths = [run.length for run in members]
+    every = max(1, -(-lengths[0] // CHECKPOINTS))
+    return CohortPlan(tuple(members), tuple(shrink(lengths, members[0], rates)), every, memory, devices, needed)
+
+
+def _sized(members: list[Run], memory: int, measure: Callable[[Sequence[Run]], int] | None) -> list[tuple[list[Run], int]]:
+    """Runs of one structure in cohorts that fit, longest first, each with the bytes that it needs."""
     members = sorted(members, key=lambda run: (-run.length, run.id))
     bound = check(members[0], memory)
     size = min(len(members), LARGEST)
@@ -108,42 +123,47 @@ def _plan_group(members: list[Run], memory: int, measure: Callable[[Sequence[Run
         needed = size * bound
     # full cohorts first: what is left of a group is planned alike whether or not its first cohorts are already stored
     cohorts = (members[i : i + size] for i in range(0, len(members), size))
-    return [_cohort(c, memory, devices, int(needed * len(c) / size)) for c in cohorts]
+    return [(c, int(needed * len(c) / size)) for c in cohorts]
 
 
-def _cohort(members: list[Run], memory: int, devices: int, needed: int) -> CohortPlan:
-    lengths = [run.length for run in members]
-    every = max(1, -(-lengths[0] // CHECKPOINTS))
-    return CohortPlan(tuple(members), tuple(shrink(lengths, flops_per_step(members[0]))), every, memory, devices, needed)
-
-
-def shrink(lengths: Sequence[int], flops_per_step: float) -> list[Segment]:
-    """Segments of a cohort whose runs have these lengths, longest first.
+def shrink(lengths: Sequence[int], run: Run, rates: Rates) -> list[Segment]:
+    """Segments of a cohort of runs like this one with these lengths, longest first.
 
     When at most a quarter of the replicas still train, they move to a program of the next power of two, where
-    the idle replicas' steps that this saves are worth compiling it.
+    that saves at least the time to compile it.
     """
     segments, begin, size = [], 0, len(lengths)
     for stop in sorted(set(lengths))[:-1]:
         live = sum(n > stop for n in lengths)
         smaller = 1 << (live - 1).bit_length()
-        if live <= size / 4 and (size - smaller) * (lengths[0] - stop) * flops_per_step >= SHRINK_FLOPS:
+        saved = (lengths[0] - stop) * (rates.step(run, size) - rates.step(run, smaller))
+        if live <= size / 4 and saved >= rates.compiling:
             segments.append(Segment(begin, stop, size))
             begin, size = stop, smaller
     return [*segments, Segment(begin, lengths[0], size)]
 
 
-def flops_per_step(run: Run) -> float:
-    """FLOPs of a step, or of its parameters alone where a custom model does not count them."""
-    try:
-        return run.flops_per_step
-    except NotImplementedError:
-        return 6.0 * parameters(run) * run.batch * run.task.positions
+def seconds(run: Run, segments: Sequence[Segment], rates: Rates, since: int = 0) -> float:
+    """Seconds that a cohort of runs like this one takes from step `since` on, compiling included."""
+    left = [s for s in segments if s.stop > since]
+    return sum((s.stop - max(s.start, since)) * rates.step(run, s.size) + rates.compiling for s in left)
 
 
-def parameters(run: Run) -> int:
-    """Trained numbers of a run."""
-    return sum(w.size for w in jax.tree.leaves(shapes_of(resolve(run))))
+def divide(runs: Sequence[Run], parts: int) -> list[list[Run]]:
+    """Runs in parts that take about equally long on GPUs, every structure whole: the costliest first, each to the part that has least."""
+    rates = rates_of("gpu")
+
+    def cost(members: list[Run]) -> float:
+        return seconds(members[0], shrink(sorted((run.length for run in members), reverse=True), members[0], rates), rates)
+
+    costs = [(cost(members), i, members) for i, members in enumerate(group(runs))]
+    made: list[list[Run]] = [[] for _ in range(parts)]
+    taken = [0.0] * parts
+    for each, _, members in sorted(costs, key=lambda found: (-found[0], found[1])):
+        least = taken.index(min(taken))
+        made[least] += members
+        taken[least] += each
+    return made
 
 
 # ---- checks before anything is compiled or written

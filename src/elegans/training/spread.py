@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 AT_ONCE = 2  # replicas that a core of a CPU trains together: at every size from d_model 8 to 64 the fastest of 1 to 32
 
@@ -30,7 +31,7 @@ class Spread:
     """Compiles functions of stacked replicas for one or several devices. Axes are as in `vmap`: None is shared."""
 
     def __init__(self, devices: list[jax.Device], replicas: int):
-        self.devices = devices
+        self.devices, self.replicas = devices, replicas
         share = replicas // len(devices)
         on_cpu = devices[0].platform == "cpu"
         self.turns = share // next(n for n in range(AT_ONCE, 0, -1) if share % n == 0) if on_cpu else 1
@@ -51,6 +52,12 @@ class Spread:
         if len(self.devices) == 1:
             return jax.device_put(tree, self.devices[0])
         return jax.device_put(tree, self._shardings(axes))
+
+    def take(self, tree: Any, index: Int[np.ndarray, " replica"]) -> Any:
+        """Some replicas' arrays out of those of more, on the devices that will use them."""
+        if self.devices[0].platform == "cpu":
+            return self.place(jax.tree.map(lambda a: np.asarray(a)[index], tree))
+        return jax.tree.map(lambda a: a[index], tree)
 
     def _specs(self, axes: Any) -> Any:
         return jax.tree.map(_spec, axes, is_leaf=_is_none)

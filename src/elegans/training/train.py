@@ -174,12 +174,12 @@ class _Segment:
             yield Checkpoint(step, jax.tree.map(np.asarray, states))
 
     def _evaluation(self, step: int, states: State, part: str, slots: np.ndarray) -> Iterator[Rows]:
-        scores = self.programs.evaluate(states.params, part)
+        scores = self.programs.evaluate(states.params, part, slots)
         where = {"run": self.ids[slots], "step": np.full(len(slots), step), "split": np.full(len(slots), part)}
-        yield Rows("metrics", {**where, **{n: np.asarray(getattr(scores, n))[slots] for n in ("loss", "accuracy", "exact_match")}})
+        yield Rows("metrics", {**where, **{n: np.asarray(getattr(scores, n)) for n in ("loss", "accuracy", "exact_match")}})
         if not self.record.by_position:
             return
-        loss = np.asarray(scores.position_loss)[slots]
+        loss = np.asarray(scores.position_loss)
         slot, place = np.nonzero(~np.isnan(loss))
         columns = {name: values[slot] for name, values in where.items()}
         yield Rows("positions", {**columns, "position": place + 1, "loss": loss[slot, place]})
