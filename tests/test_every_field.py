@@ -27,6 +27,7 @@ from elegans import (
     ActivitySelection,
     AdamW,
     Addition,
+    ALiBi,
     At,
     Attention,
     BreadthFirstSearch,
@@ -34,6 +35,7 @@ from elegans import (
     Cosine,
     DepthFirstSearch,
     Every,
+    FixedAttention,
     InnerProduct,
     LayerNorm,
     Learned,
@@ -51,6 +53,7 @@ from elegans import (
     Rotary,
     Run,
     ShortestPath,
+    Sinusoidal,
     Sorting,
     Spec,
     Split,
@@ -140,18 +143,22 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
     Transformer: at(
         "model",
         {
-            **{"layers": [2], "d_model": [8], "heads": [1], "d_head": [4], "attention": [None], "mlp": [None, MLP()]},
+            **{"layers": [2], "d_model": [8], "heads": [1], "d_head": [4], "attention": [None, (FixedAttention(),)], "mlp": [None, MLP()]},
             **{"norm": [None, LayerNorm()], "position": [None, Learned()], "tied": [True], "bias": [True]},
+            **{"skip": ["normed"], "embed_dropout": [0.2]},
             **{"dropout": [0.2, None], "init_std": [0.3, None], "dtype": ["bfloat16", "tensorfloat32"]},
         },
     ),
     Attention: at("model.attention", {"scale": [0.5]}),
+    FixedAttention: at("model.attention", {"maps": [("self",), ("uniform", "first")]}, on("model.attention", FixedAttention())),
     MLP: at("model.mlp", {"ratio": [2.0], "activation": ["gelu_tanh", "relu", "silu"]}, on("model.mlp", MLP())),
     SwiGLU: at("model.mlp", {"ratio": [2.0]}),
     RMSNorm: at("model.norm", {"eps": [1e-3]}),
     LayerNorm: at("model.norm", {"eps": [1e-3]}, on("model.norm", LayerNorm())),
     Rotary: at("model.position", {"theta": [100.0]}, on("model", Transformer(layers=1, d_model=4, heads=1))),  # two wavelengths
-    Learned: {},
+    Learned: at("model.position", {"dims": [2], "std": [0.3]}, on("model.position", Learned())),
+    Sinusoidal: at("model.position", {"theta": [100.0]}, on("model.position", Sinusoidal())),
+    ALiBi: at("model.position", {"span": [4.0]}, on("model.position", ALiBi())),
     AdamW: at(
         "optim",
         {

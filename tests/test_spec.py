@@ -23,6 +23,7 @@ from elegans import (
     Attention,
     Cosine,
     Every,
+    FixedAttention,
     Invalid,
     LayerNorm,
     Learned,
@@ -128,7 +129,7 @@ def test_switching_off_what_is_on_by_default_changes_the_id_and_survives_the_way
 
 # ---- to data and back
 
-unit, positive, small = st.floats(0, 0.99), st.floats(1e-30, 1e30), st.integers(1, 99)
+unit, positive, small = st.just(0.0) | st.floats(1e-30, 0.99), st.floats(1e-30, 1e30), st.integers(1, 99)
 
 
 def made_of(kind: str | None = None, /, **fields: st.SearchStrategy) -> st.SearchStrategy:
@@ -152,19 +153,24 @@ schedules = st.one_of(
     made_of("linear", warmup=unit, end=unit),
     made_of("wsd", decay=st.floats(0.01, 1), end=unit),
 )
+maps = one_of_words("uniform", "self", "previous", "first")
 models = made_of(
     "transformer",
     layers=st.integers(1, 256),
     d_model=st.sampled_from([8, 64]),
     heads=st.sampled_from([1, 2, 4]),
     d_head=off | st.sampled_from([2, 6]),
-    attention=off | made_of("attention", scale=positive),
+    attention=off | made_of("attention", scale=positive) | made_of("fixed_attention", maps=st.lists(maps, min_size=1, max_size=1)),
     mlp=off | made_of("swiglu", ratio=off | st.floats(0.1, 64)) | made_of("mlp", activation=one_of_words("relu", "gelu_tanh")),
     norm=off | made_of("rms_norm", eps=positive) | st.just("layer_norm"),
-    position=off | made_of("rotary", theta=positive) | st.just("learned"),
+    position=off
+    | made_of("rotary", theta=positive)
+    | made_of("learned", dims=off | st.integers(1, 8))
+    | st.sampled_from(["sinusoidal", "alibi"]),
     tied=coin,
     bias=coin,
     dropout=off | unit,
+    embed_dropout=off | unit,
     init_std=off | unit,
     dtype=one_of_words("float32", "bfloat16", "tensorfloat32"),
 )
@@ -325,6 +331,13 @@ BROKEN = {
     "two warm-ups": (lambda: Cosine(warmup=0.1, warmup_steps=5), "warmup_steps", "5", "not both"),
     "heads that do not divide": (lambda: replace(RUN, "model.heads", 3), "model.d_model", "8", "multiple of heads=3"),
     "an odd width to rotate": (lambda: replace(RUN, "model.d_head", 3), "model.d_head", "3", "even"),
+    "a norm for an MLP": (lambda: Transformer(mlp=RMSNorm()), "mlp", "RMSNorm", "a FeedForward (mlp, "),
+    "a norm for an MLP by name": (lambda: replace(RUN, "model.mlp", "rms_norm"), "model.mlp.kind", "rms_norm", "mlp, "),
+    "an MLP for attention": (lambda: Transformer(attention=SwiGLU()), "attention", "SwiGLU", "a Mixer (attention, fixed_attention"),
+    "attention for some layers": (lambda: Transformer(attention=[Attention()]), "attention", "1 components", "layers=2"),
+    "maps for some heads": (lambda: Transformer(attention=FixedAttention(("self",) * 3)), "attention.maps", "self", "heads=4"),
+    "more positions than width": (lambda: Transformer(d_model=8, position=Learned(dims=9)), "position.dims", "9", "d_model=8"),
+    "a skip path without a norm": (lambda: Transformer(norm=None, skip="normed"), "skip", "normed", "norm"),
     "a long value": (lambda: replace(RUN, "optim.lr", "x" * 500), "optim.lr", "xxx", "a finite number"),
     "a value of two lines": (lambda: replace(RUN, "task.inputs", "l\nsb"), "task.inputs", "sb", "lsb | msb"),
     "a field named like its holder": (lambda: replace(Outer(), "part.part_gain", -1), "part.part_gain", "-1", ">= 0"),

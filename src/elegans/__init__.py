@@ -8,7 +8,8 @@ from typing import Any
 _HOME = {
     "errors": "Invalid StoreError",
     "instruments": "Ablate Instrument Layout Probe ReplicaInstrument Scaling StoreInstrument Transition measure",
-    "models": "Attention Component Context LayerNorm Learned MLP Model Norm Positions RMSNorm Rotary Sizes SwiGLU Transformer",
+    "models": "ALiBi Attention Component Context FeedForward FixedAttention GivenAttention LayerNorm Learned MLP Mixer Model Norm "
+    "Positions RMSNorm Rotary Sinusoidal Sizes SwiGLU Transformer",
     "network": "Network load",
     "specs": "Spec field fields grid identity note replace spec structure varies",
     "store": "Store",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elegans import Attention, Transformer
+from elegans import ALiBi, Attention, Transformer
 from elegans.models import fused
 from elegans.types import no_edit
 
@@ -60,3 +60,13 @@ def test_a_model_gives_the_same_through_the_kernel(monkeypatch):
     assert not np.array_equal(trace["z.0"], traced["z.0"])  # another order of additions: it did go through
     np.testing.assert_allclose(np.asarray(through), np.asarray(logits), atol=0.05)
     assert np.array_equal(trace["pattern.0"], traced["pattern.0"])
+
+
+def test_scores_with_a_bias_never_go_through_the_kernel(monkeypatch):
+    """The kernel adds nothing to scores: ALiBi must take the formula, where others are served."""
+    model = Transformer(layers=1, d_model=32, heads=2, position=ALiBi(span=1.0), dtype="bfloat16")
+    params, tokens = model.init(jax.random.key(0), 5, 9), jnp.arange(9) % 5
+    logits, _ = model.apply(params, tokens)
+    monkeypatch.setattr(fused, "serves", lambda dtype, edit: True)
+    monkeypatch.setattr(fused, "attention", lambda q, k, v: pytest.fail("went through the kernel"))
+    assert np.array_equal(model.apply(params, tokens)[0], logits)

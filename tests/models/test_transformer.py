@@ -1,4 +1,4 @@
-"""The transformer against a second implementation of its own, in float64 NumPy, written from the docstrings alone."""
+"""The transformer against the float64 NumPy of `transformer_oracle`; its options have laws of their own in `test_options`."""
 
 import dataclasses
 import functools
@@ -10,95 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elegans import MLP, Attention, LayerNorm, Learned, Rotary, Transformer
+from elegans import MLP, ALiBi, Attention, FixedAttention, LayerNorm, Learned, Rotary, Sinusoidal, Transformer
 from elegans.types import no_edit
+from transformer_oracle import POSITIONS, ROW, TOKENS, VOCAB, forward, oracle, softmax, some_params
 
-VOCAB, POSITIONS = 7, 6
-ROW = np.array([3, 0, 6, 6, 1, 4], np.int32)
-TOKENS = jnp.asarray(ROW)
 LLAMA = Transformer(layers=2, d_model=8, heads=2, attention=Attention(scale=0.8))
 CLASSIC = Transformer(
     layers=2, d_model=6, heads=3, d_head=4, mlp=MLP(ratio=2.5), norm=LayerNorm(eps=1e-3), position=Learned(), tied=True, bias=True
 )
 BARE = Transformer(layers=1, d_model=8, heads=1, norm=None, position=None, mlp=MLP(activation="relu"))
 MODELS = {"llama": LLAMA, "classic": CLASSIC, "bare": BARE}
-
-
-def some_params(model: Transformer, seed: int = 0):
-    """Parameters that are all away from zero and one, biases and norm weights included."""
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), VOCAB, POSITIONS))
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda w: jnp.asarray(0.5 * rng.standard_normal(w.shape) + 0.5 * (w.ndim == 1), w.dtype), shapes)
-
-
-@functools.cache
-def forward(model: Transformer):
-    """The compiled forward pass: params, tokens -> logits, trace."""
-    return jax.jit(lambda params, tokens: model.apply(params, tokens))
-
-
-# ---- the oracle: plain float64 NumPy
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def normalise(model: Transformer, p: dict, x: np.ndarray) -> np.ndarray:
-    if model.norm is None:
-        return x
-    if isinstance(model.norm, LayerNorm):
-        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm.eps) * p["w"]
-        return y + p["b"] if model.bias else y
-    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + model.norm.eps) * p["w"]
-
-
-def turn(x: np.ndarray, theta: float) -> np.ndarray:
-    """Coordinate j < e/2 and its partner j + e/2 turn together by position * theta^(-2j/e)."""
-    out, e = x.copy(), x.shape[-1]
-    for t in range(x.shape[0]):
-        for j in range(e // 2):
-            angle = t * theta ** (-2 * j / e)
-            a, b = x[t, :, j], x[t, :, j + e // 2]
-            out[t, :, j] = a * math.cos(angle) - b * math.sin(angle)
-            out[t, :, j + e // 2] = a * math.sin(angle) + b * math.cos(angle)
-    return out
-
-
-def attend(model: Transformer, p: dict, x: np.ndarray) -> np.ndarray:
-    out = np.zeros((len(x), model.d_model)) + p.get("b_O", 0)
-    for h in range(model.heads):
-        q, k, v = (x @ p[f"W_{n}"][h] + (p[f"b_{n}"][h] if model.bias else 0) for n in "QKV")
-        if isinstance(model.position, Rotary):
-            q, k = (turn(y[:, None], model.position.theta)[:, 0] for y in (q, k))
-        for i in range(len(x)):
-            weights = softmax(model.attention.scale * (k[: i + 1] @ q[i]) / math.sqrt(q.shape[-1]))
-            out[i] += (weights @ v[: i + 1]) @ p["W_O"][h]
-    return out
-
-
-def feed(model: Transformer, p: dict, x: np.ndarray) -> np.ndarray:
-    if not isinstance(model.mlp, MLP):
-        gate, value = x @ p["W_gate"], x @ p["W_in"]
-        return (gate / (1 + np.exp(-gate)) * value) @ p["W_out"]
-    hidden = x @ p["W_in"] + p.get("b_in", 0)
-    gelu = np.vectorize(lambda u: 0.5 * u * (1 + math.erf(u / math.sqrt(2))))
-    hidden = gelu(hidden) if model.mlp.activation == "gelu" else np.maximum(hidden, 0)
-    return hidden @ p["W_out"] + p.get("b_out", 0)
-
-
-def oracle(model: Transformer, params, tokens: np.ndarray) -> np.ndarray:
-    """Logits of one row."""
-    p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
-    x = p["embed"]["W_E"][tokens]
-    if isinstance(model.position, Learned):
-        x = x + p["pos_embed"]["W_pos"][: len(tokens)]
-    for block in p["blocks"]:
-        x = x + attend(model, block["attn"], normalise(model, block["ln1"], x))
-        x = x + feed(model, block["mlp"], normalise(model, block["ln2"], x))
-    x = normalise(model, p["ln_final"], x)
-    return x @ (p["embed"]["W_E"].T if model.tied else p["unembed"]["W_U"])
+NORMED = Transformer(layers=2, d_model=6, heads=1, mlp=MLP(), norm=LayerNorm(), position=Learned(dims=4), skip="normed")
+LAYERED = Transformer(
+    layers=2,
+    d_model=8,
+    heads=4,
+    attention=(FixedAttention(("uniform", "self", "previous", "first")), Attention(scale=0.8)),
+    mlp=MLP(ratio=1),
+    position=ALiBi(span=6),
+    bias=True,
+)
+WAVES = Transformer(layers=1, d_model=7, heads=1, d_head=4, attention=Attention(), position=Sinusoidal(theta=50))
+ALL = MODELS | {"normed": NORMED, "layered": LAYERED, "waves": WAVES}
 
 
 def nats(logits: np.ndarray) -> float:
@@ -109,19 +42,19 @@ def nats(logits: np.ndarray) -> float:
 # ---- against the oracle
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_forward_pass_is_what_the_docstrings_say(name) -> None:
-    model = MODELS[name]
+    model = ALL[name]
     params = some_params(model)
     expected = oracle(model, params, ROW)
     assert np.abs(expected).max() > 0.5
     assert np.abs(np.asarray(forward(model)(params, TOKENS)[0]) - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL)
 def test_gradients_are_the_slopes_of_the_oracle(name) -> None:
     """Five coordinates of every parameter, against central differences in float64."""
-    model = MODELS[name]
+    model = ALL[name]
     params = some_params(model)
 
     def loss(p) -> jax.Array:
@@ -155,9 +88,9 @@ def test_rotary_scores_depend_on_distances_alone() -> None:
 # ---- causality, edits and the trace
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL)
 def test_later_tokens_never_reach_earlier_logits(name) -> None:
-    model = MODELS[name]
+    model = ALL[name]
     params = some_params(model)
     logits = np.asarray(forward(model)(params, TOKENS)[0])
     for i in range(1, POSITIONS):

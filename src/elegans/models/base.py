@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from elegans.specs import Spec, spec
+from elegans.specs import Spec, spec, structure
 from elegans.types import Edit, Trace, no_edit
 
 Params = Any
@@ -99,6 +99,7 @@ class Component(Spec):
 
     To change an architecture, subclass one component in your own file, decorate it with `@el.spec`,
     override `apply`, and pass it in. A new float field can be swept inside a cohort at once.
+    A component has a role, which says where it fits: `Mixer`, `FeedForward` or `Norm`.
     """
 
     abstract: ClassVar[bool] = True
@@ -110,3 +111,26 @@ class Component(Spec):
     @abc.abstractmethod
     def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
         """One sequence through this component. The other rows of the batch are on the axis named "batch"."""
+
+
+@spec
+class Mixer(Component):
+    """A component that moves values between positions: what stands where attention does."""
+
+    abstract: ClassVar[bool] = True
+    products: ClassVar[int] = 2  # of [query, key] matrices, which count as FLOPs: the scores; the pattern and the values
+
+
+@spec
+class FeedForward(Component):
+    """A component that sees each position by itself: what stands where the MLP does."""
+
+    abstract: ClassVar[bool] = True
+
+
+@spec
+class Norm(Component):
+    """Normalisation of each position's vector."""
+
+    abstract: ClassVar[bool] = True
+    eps: float = structure(1e-5, "added to the variance", gt=0)

@@ -33,7 +33,8 @@ import numpy as np
 
 from elegans.errors import Invalid
 from elegans.models.base import Params
-from elegans.models.transformer import MLP, Learned, Transformer
+from elegans.models.positions import Learned
+from elegans.models.transformer import MLP, Transformer
 from elegans.tasks.addition import Addition
 from elegans.tasks.bits import EOS, EQUALS
 

@@ -4,7 +4,7 @@ Sites, in the order in which `edit` sees them (i counts layers from 0):
   embed                          [position, d_model]   after token and position embedding
   ln1.i                          [position, d_model]   what attention reads
   q.i k.i v.i                    [position, head, d_head]
-  scores.i pattern.i             [head, query, key]    before and after the softmax
+  scores.i pattern.i             [head, query, key]    before and after the softmax; no q, k and scores where the pattern is given
   z.i                            [position, head, d_head]
   attn_out.i, resid_mid.i        [position, d_model]
   ln2.i                          [position, d_model]   what the MLP reads
@@ -15,6 +15,7 @@ Sites, in the order in which `edit` sees them (i counts layers from 0):
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 from collections.abc import Callable
@@ -22,27 +23,19 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
 from elegans.models import fused
-from elegans.models.base import Component, Context, Dtype, Model, Params, Sizes
-from elegans.specs import Spec, field, spec, structure
+from elegans.models.base import Context, Dtype, FeedForward, Mixer, Model, Norm, Params, Sizes
+from elegans.models.positions import Learned, Positions, Rotary
+from elegans.specs import field, spec, structure
 from elegans.types import Edit, Trace, no_edit
 
 ONE_HOT_VOCAB = 512  # up to here a one-hot product beats a gather, whose gradient is a scatter-add
 
 
 # ---- normalisation
-
-
-@spec
-class Norm(Component):
-    """Normalisation of each position's vector."""
-
-    abstract: ClassVar[bool] = True
-    eps: float = structure(1e-5, "added to the variance", gt=0)
 
 
 @spec
@@ -75,60 +68,11 @@ class LayerNorm(Norm):
         return (f + params["b"] if "b" in params else f).astype(x.dtype)
 
 
-# ---- positions
-
-
-@spec
-class Positions(Spec):
-    """How the model knows where a token stands; the defaults know nothing."""
-
-    abstract: ClassVar[bool] = True
-
-    def init(self, key: jax.Array, sizes: Sizes) -> Params:
-        """Parameters of the position embedding, if it has any."""
-        del key, sizes
-        return {}
-
-    def embed(self, params: Params, x: Float[Array, "position d_model"]) -> Float[Array, "position d_model"]:
-        """Add positions to token embeddings."""
-        del params
-        return x
-
-    def rotate(self, x: Float[Array, "position head d_head"]) -> Float[Array, "position head d_head"]:
-        """Turn queries and keys."""
-        return x
-
-
-@spec
-class Rotary(Positions):
-    """Queries and keys turned by position (Su et al. 2021), in the half-split layout of Llama."""
-
-    theta: float = structure(10_000.0, "base of the wavelengths", gt=0)
-
-    def rotate(self, x: Float[Array, "position head d_head"]) -> Float[Array, "position head d_head"]:
-        t, _, e = x.shape
-        angles = np.outer(np.arange(t), self.theta ** (-np.arange(0, e, 2) / e))
-        cos, sin = (jnp.asarray(f(angles), x.dtype)[:, None] for f in (np.cos, np.sin))
-        a, b = jnp.split(x, 2, -1)
-        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-@spec
-class Learned(Positions):
-    """A learned vector for every position."""
-
-    def init(self, key: jax.Array, sizes: Sizes) -> Params:
-        return {"W_pos": sizes.embedding(key, sizes.positions, sizes.d_model)}
-
-    def embed(self, params: Params, x: Float[Array, "position d_model"]) -> Float[Array, "position d_model"]:
-        return x + params["W_pos"][: x.shape[0]].astype(x.dtype)
-
-
 # ---- attention
 
 
 @spec
-class Attention(Component):
+class Attention(Mixer):
     """Causal softmax attention with full heads."""
 
     scale: float = field(1.0, "factor on the scores, besides 1/sqrt(d_head)")
@@ -144,12 +88,14 @@ class Attention(Component):
         site = context.site
         q, k, v = (site(name, y) for name, y in zip("qkv", self._project(params, x, context), strict=True))
         scores = jnp.einsum("qhe,khe->hqk", q, k, preferred_element_type=jnp.float32)
-        scores = site("scores", scores * (self.scale / q.shape[-1] ** 0.5))
+        scores = scores * (self.scale / q.shape[-1] ** 0.5)
+        bias = None if context.positions is None else context.positions.bias(*q.shape[:2])
+        scores = site("scores", scores if bias is None else scores + bias)
         causal = jnp.tri(x.shape[0], dtype=bool)
         pattern = site("pattern", jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(scores.dtype).min)).astype(x.dtype))
-        z = fused.attention(q * jnp.asarray(self.scale, q.dtype), k, v) if context.fused else jnp.einsum("hqk,khe->qhe", pattern, v)
-        z = site("z", z)
-        return _linear(z.reshape(x.shape[0], -1), params["W_O"].reshape(-1, x.shape[1]), params.get("b_O"))
+        if context.fused and bias is None:  # the kernel knows no biases
+            return _heads_out(params, fused.attention(q * jnp.asarray(self.scale, q.dtype), k, v), context)
+        return _heads_out(params, jnp.einsum("hqk,khe->qhe", pattern, v), context)
 
     def _project(self, params: Params, x: Array, context: Context) -> tuple[Array, ...]:
         """Queries, keys and values in one product, which is one large kernel instead of three."""
@@ -159,6 +105,57 @@ class Attention(Component):
         q, k, v = (y.reshape(-1, h, e) for y in jnp.split(_linear(x, w, b), 3, -1))
         turn = context.positions.rotate if context.positions is not None else (lambda y: y)
         return turn(q), turn(k), v
+
+
+def _heads_out(params: Params, z: Float[Array, "position head d_head"], context: Context) -> Float[Array, "position d_model"]:
+    """What the heads write into the residual stream."""
+    z, w = context.site("z", z), params["W_O"]
+    return _linear(z.reshape(z.shape[0], -1), w.reshape(-1, w.shape[-1]), params.get("b_O"))
+
+
+@spec
+class GivenAttention(Mixer):
+    """Heads whose patterns are given, not learned: values and outputs only, no queries, keys or scores.
+
+    Subclass it with `pattern`. To replace a pattern of a trained network, edit its site `pattern.i` instead.
+    """
+
+    abstract: ClassVar[bool] = True
+    products: ClassVar[int] = 1
+
+    @abc.abstractmethod
+    def pattern(self, tokens: Int[Array, " position"], heads: int) -> Float[Array, "head query key"]:
+        """Where each head looks in a row: for every query, weights on keys up to itself that sum to 1."""
+
+    def init(self, key: jax.Array, sizes: Sizes) -> Params:
+        h, d, e = sizes.heads, sizes.d_model, sizes.d_head
+        a, b = jax.random.split(key)
+        made = {"W_V": sizes.weight(a, h, d, e, fan_in=d), "W_O": sizes.weight(b, h, e, d, fan_in=h * e)}
+        return made | sizes.biases(b_V=(h, e), b_O=(d,))
+
+    def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
+        h, d, e = params["W_V"].shape
+        bias = params["b_V"].reshape(-1) if "b_V" in params else None
+        v = context.site("v", _linear(x, params["W_V"].swapaxes(0, 1).reshape(d, h * e), bias).reshape(-1, h, e))
+        pattern = context.site("pattern", self.pattern(context.tokens, h).astype(x.dtype))
+        return _heads_out(params, jnp.einsum("hqk,khe->qhe", pattern, v), context)
+
+
+@spec
+class FixedAttention(GivenAttention):
+    """Heads that look at the same places in every row.
+
+    uniform: all up to itself, alike; self: itself; previous: the one before (the first one: itself); first: the first one.
+    """
+
+    maps: tuple[Literal["uniform", "self", "previous", "first"], ...] = field(("uniform",), "where each head looks; one: where all do")
+
+    def pattern(self, tokens: Int[Array, " position"], heads: int) -> Float[Array, "head query key"]:
+        n = tokens.shape[0]
+        place = jnp.arange(n)
+        keys = {"self": place, "previous": jnp.maximum(place - 1, 0), "first": jnp.zeros_like(place)}
+        made = {name: jax.nn.one_hot(key, n) for name, key in keys.items()} | {"uniform": jnp.tri(n) / (place[:, None] + 1)}
+        return jnp.broadcast_to(jnp.stack([made[name] for name in self.maps]), (heads, n, n))
 
 
 # ---- MLP
@@ -172,7 +169,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @spec
-class MLP(Component):
+class MLP(FeedForward):
     """Two layers with an activation between them."""
 
     ratio: float = structure(4.0, "hidden width over d_model", gt=0, le=64)
@@ -191,7 +188,7 @@ class MLP(Component):
 
 
 @spec
-class SwiGLU(Component):
+class SwiGLU(FeedForward):
     """silu(x W_gate) * (x W_in) W_out (Shazeer 2020); without a ratio its width is 2*ceil(floor(8d/3)/2), Llama's."""
 
     kind: ClassVar[str] = "swiglu"
@@ -232,45 +229,62 @@ class Transformer(Model):
     FLOPs per token, forward and backward, for budgets (`flops_per_token`):
       kaplan   6 * (12 * layers * d_model^2 + layers * positions * d_model), embeddings excluded, whatever
                the MLP's width (Kaplan et al. 2020, with causal attention counted once)
-      matmul   6 * every weight that multiplies an activation, plus 12 * layers * positions * heads * d_head
+      matmul   6 * every weight that multiplies an activation, plus 12 * positions * heads * d_head for every layer
+               with attention, half of it where the pattern is given
     """
 
     layers: int = field(2, "blocks", ge=1, le=256)
     d_model: int = field(64, "width of the residual stream", ge=1, le=65_536)
     heads: int = field(4, "attention heads", ge=1, le=1024)
     d_head: int | None = field(None, "width of a head; none: d_model / heads", ge=1, le=8192)
-    attention: Attention | None = field(Attention(), "the attention component")
-    mlp: Component | None = field(SwiGLU(), "the MLP component")
+    attention: Mixer | tuple[Mixer, ...] | None = field(Attention(), "the attention component, or one for each layer")
+    mlp: FeedForward | None = field(SwiGLU(), "the MLP component")
     norm: Norm | None = field(RMSNorm(), "the normalisation before each component and at the end")
     position: Positions | None = field(Rotary(), "how positions are known; none: only through the causal mask")
     tied: bool = field(False, "unembed with the embedding's weights")
     bias: bool = field(False, "biases in every linear map and LayerNorm")
+    skip: Literal["normed"] | None = field(None, "normed: attention adds to what it read, not to the stream before its norm")
     dropout: float | None = field(None, "share of the residual updates dropped in training", ge=0, lt=1)
+    embed_dropout: float | None = field(None, "share of the embedding dropped in training; none: dropout's", ge=0, lt=1)
     init_std: float | None = field(None, "sd of every initial weight; none: as PyTorch draws them. Biases start at 0", ge=0)
     dtype: Literal["float32", "bfloat16", "tensorfloat32"] = field("float32", "compute type; master weights are float32")
 
     def check(self) -> None:
         if self.d_head is None and self.d_model % self.heads:
             raise Invalid("d_model", self.d_model, f"allowed: a multiple of heads={self.heads}, or give d_head")
+        if isinstance(self.attention, tuple) and len(self.attention) != self.layers:
+            raise Invalid("attention", f"{len(self.attention)} components", f"allowed: one, or one for each of layers={self.layers}")
+        if self.skip and not (self.norm and self.attention):
+            raise Invalid("skip", self.skip, "allowed with attention and a norm only: there is no other normalised skip path")
         if isinstance(self.position, Rotary) and self._d_head % 2:
             raise Invalid("d_head", self._d_head, "allowed with rotary positions: an even width")
+        if isinstance(self.position, Learned) and (self.position.dims or 0) > self.d_model:
+            raise Invalid("position.dims", self.position.dims, f"allowed: at most d_model={self.d_model}")
+        for mixer in self._mixers:
+            if isinstance(mixer, FixedAttention) and len(mixer.maps) not in (1, self.heads):
+                raise Invalid("attention.maps", mixer.maps, f"allowed: one, or one for each of heads={self.heads}")
 
     @property
     def _d_head(self) -> int:
         return self.d_head or self.d_model // self.heads
+
+    @property
+    def _mixers(self) -> tuple[Mixer | None, ...]:
+        """The attention component of every layer."""
+        return self.attention if isinstance(self.attention, tuple) else (self.attention,) * self.layers
 
     def init(self, key: jax.Array, vocab: int, positions: int) -> Params:
         sizes = Sizes(vocab, positions, self.d_model, self.heads, self._d_head, self.bias, self.init_std)
         keys = jax.random.split(key, self.layers + 3)
         params: dict[str, Any] = {"embed": {"W_E": sizes.embedding(keys[0], vocab, self.d_model)}}
         params["pos_embed"] = self.position.init(keys[1], sizes) if self.position else {}
-        params["blocks"] = [self._init_block(k, sizes) for k in keys[3:]]
+        params["blocks"] = [self._init_block(k, sizes, mixer) for k, mixer in zip(keys[3:], self._mixers, strict=True)]
         params["ln_final"] = self.norm.init(jax.random.fold_in(keys[2], 1), sizes) if self.norm else {}
         unembed = {} if self.tied else {"W_U": sizes.weight(keys[2], self.d_model, vocab, fan_in=self.d_model)}
         return params | {"unembed": unembed}
 
-    def _init_block(self, key: jax.Array, sizes: Sizes) -> Params:
-        parts = {"ln1": self.norm, "attn": self.attention, "ln2": self.norm, "mlp": self.mlp}
+    def _init_block(self, key: jax.Array, sizes: Sizes, mixer: Mixer | None) -> Params:
+        parts = {"ln1": self.norm, "attn": mixer, "ln2": self.norm, "mlp": self.mlp}
         keys = jax.random.split(key, 4)
         return {name: part.init(k, sizes) if part else {} for (name, part), k in zip(parts.items(), keys, strict=True)}
 
@@ -287,10 +301,10 @@ class Transformer(Model):
         exact = jax.default_matmul_precision("highest") if self.dtype == "float32" else contextlib.nullcontext()
         with exact:
             x = site("embed", self._embed(params, tokens, key))
-            for i, block in enumerate(params["blocks"]):
+            for i, (block, mixer) in enumerate(zip(params["blocks"], self._mixers, strict=True)):
                 layer_key = None if key is None else jax.random.fold_in(key, i + 1)
                 here = Context(tokens, lambda name, y, i=i: site(f"{name}.{i}", y), self.position, layer_key, self.dropout, kernel)
-                x = self._block(block, x, here)
+                x = self._block(mixer, block, x, here)
             x = site("normed", self.norm.apply(params["ln_final"], x, Context(tokens, site)) if self.norm else x)
             w = params["embed"]["W_E"].T if self.tied else params["unembed"]["W_U"]
             logits = site("logits", jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32))
@@ -301,14 +315,18 @@ class Transformer(Model):
         small = w.shape[0] <= ONE_HOT_VOCAB
         x = jax.nn.one_hot(tokens, w.shape[0], dtype=dtype) @ w.astype(dtype) if small else w[tokens].astype(dtype)
         x = self.position.embed(params["pos_embed"], x) if self.position else x
-        return Context(tokens, no_edit, key=key, dropout=self.dropout).drop(x, 0)
+        dropout = self.dropout if self.embed_dropout is None else self.embed_dropout
+        return Context(tokens, no_edit, key=key, dropout=dropout).drop(x, 0)
 
-    def _block(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
+    def _block(
+        self, mixer: Mixer | None, params: Params, x: Float[Array, "position d_model"], context: Context
+    ) -> Float[Array, "position d_model"]:
         site = context.site
         norm = self.norm.apply if self.norm else _unnormed
-        if self.attention:
-            y = self.attention.apply(params["attn"], site("ln1", norm(params["ln1"], x, context)), context)
-            x = site("resid_mid", x + context.drop(site("attn_out", y), 0))
+        if mixer:
+            read = site("ln1", norm(params["ln1"], x, context))
+            y = mixer.apply(params["attn"], read, context)
+            x = site("resid_mid", (read if self.skip == "normed" else x) + context.drop(site("attn_out", y), 0))
         if self.mlp:
             y = self.mlp.apply(params["mlp"], site("ln2", norm(params["ln2"], x, context)), context)
             x = x + context.drop(site("mlp_out", y), 1)
@@ -335,5 +353,5 @@ class Transformer(Model):
             if name[-1].key.startswith("W_")
         )
         weights += vocab * self.d_model if self.tied else 0
-        mixing = 12 * self.layers * positions * self.heads * self._d_head if self.attention else 0
-        return 6 * weights + mixing
+        products = sum(mixer.products for mixer in self._mixers if mixer)
+        return 6 * weights + 6 * products * positions * self.heads * self._d_head
