@@ -7,7 +7,7 @@ from typing import Any
 
 _HOME = {
     "errors": "Invalid StoreError",
-    "instruments": "Ablate Instrument Layout Probe ReplicaInstrument Scaling StoreInstrument Transition measure",
+    "instruments": "Ablate AcrossCompute Instrument Layout Probe ReplicaInstrument Scaling StoreInstrument Transition measure",
     "models": "Attention Component Context LayerNorm Learned MLP Model Norm Positions RMSNorm Rotary Sizes SwiGLU Transformer",
     "network": "Network load",
     "specs": "Spec field fields grid identity note replace spec structure varies",

@@ -111,7 +111,8 @@ class Transition(StoreInstrument):
         leads, brackets = zip(*known, strict=True)
         mean, low, high = interval(leads, self.confidence)
         _, lowest, highest = spanning(brackets, self.confidence)
-        if low is not None and high is not None:
+        if low is not None and high is not None and lowest is not None and highest is not None:
+            lowest, highest = min(low, lowest), max(high, highest)
             within = -self.same < low and high < self.same
             row["verdict"] = "leads" if low > 0 else "lags" if high < 0 else "no lead" if within else "undecided"
         bounds = {"mean": mean, "low": low, "high": high, "lowest": lowest, "highest": highest}

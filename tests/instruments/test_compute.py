@@ -1,0 +1,73 @@
+"""Across compute: one architecture is followed over budgets, and what was not probed or never happened is missing."""
+
+import numpy as np
+import pytest
+
+import synthetic
+from elegans.errors import Invalid
+from elegans.instruments.compute import AcrossCompute
+from elegans.instruments.transition import NEVER_FELL, NEVER_READ
+
+BUDGETS = [10.0**k for k in range(9, 14)]
+PLATEAU = synthetic.PLATEAU
+
+
+def falls(at: float):
+    return lambda flops, width, seed: (PLATEAU if flops < at or width == 8 else 0.001) * (1 + 0.01 * seed)
+
+
+def rises(at: float):
+    return lambda flops, width, seed: (0.51 if flops < at else 0.98) + 0.005 * seed
+
+
+def measured(path, loss, scores, **fields) -> dict[str, list[dict]]:
+    store = synthetic.grid_store(path, BUDGETS, loss, scores)
+    return {name: table.to_pylist() for name, table in AcrossCompute(draws=50, **fields).tables(store).items()}
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    scores = {"early": rises(3e9), "with": rises(3e12), "late": rises(3e13), "always": rises(1.0), "never": lambda f, w, s: 0.51}
+    scores["sometimes"] = lambda f, w, s: None if f == 1e10 else rises(3e10)(f, w, s)
+    return measured(tmp_path_factory.mktemp("compute"), falls(3e12), scores)
+
+
+def test_the_architecture_that_is_best_at_the_target_is_followed_to_every_budget(tables, tmp_path) -> None:
+    for row in tables["across_compute"]:
+        assert row["configuration"].startswith("d_model=16") and row["seeds"] == 3
+        plain = PLATEAU if row["flops"] < 3e12 else 0.001
+        assert row["loss"] == pytest.approx(1.01 * plain) and row["loss_low"] < row["loss"] < row["loss_high"]
+    early = [row for row in tables["across_compute"] if row["feature"] == "early"]
+    assert [row["flops"] for row in early] == BUDGETS
+    assert [row["score"] for row in early] == pytest.approx([0.515] + [0.985] * 4, abs=1e-6)
+    assert [row["probe_loss"] for row in early] == pytest.approx([1 - row["score"] for row in early], abs=1e-6)
+    wide_late = lambda flops, width, seed: PLATEAU * (0.9 if width == 8 else 1.0 if flops < 3e12 else 0.0)  # noqa: E731
+    chosen = measured(tmp_path, wide_late, {"early": rises(3e9)}, target=2e11)["across_compute"]
+    assert all(row["configuration"].startswith("d_model=8") for row in chosen)
+
+
+def test_a_budget_without_probes_is_null_and_keeps_its_loss(tables) -> None:
+    (row,) = [r for r in tables["across_compute"] if r["feature"] == "sometimes" and r["flops"] == 1e10]
+    assert row["score"] is None and row["probe_loss"] is None and row["probed"] == 0 and row["loss"] > 0
+
+
+def test_quiet_and_loud_by_the_budgets_between_which_each_changes(tables) -> None:
+    rows = {row["feature"]: row for row in tables["across_compute_lead"]}
+    assert rows["early"]["loudness"] == "quiet"
+    assert rows["early"]["low"] == pytest.approx(2) and rows["early"]["high"] == pytest.approx(4)
+    assert rows["with"]["loudness"] == "undecided" and rows["with"]["low"] == pytest.approx(-1)  # the same pair of budgets
+    assert rows["always"]["loudness"] == "quiet" and rows["always"]["high"] is None and rows["always"]["lead"] is None
+    for name in ("never", "late"):
+        assert rows[name]["missing"] == NEVER_READ and rows[name]["loudness"] is None and rows[name]["low"] is None
+
+
+def test_a_feature_that_follows_is_loud_and_a_loss_that_never_falls_is_missing(tmp_path) -> None:
+    row = measured(tmp_path / "a", falls(3e10), {"after": rises(3e11)})["across_compute_lead"][0]
+    assert row["loudness"] == "loud" and row["low"] == pytest.approx(-2) and row["high"] == pytest.approx(0)
+    row = measured(tmp_path / "b", falls(np.inf), {"early": rises(3e9)})["across_compute_lead"][0]
+    assert row["missing"] == NEVER_FELL and row["lead"] is None and row["loudness"] is None
+
+
+def test_a_target_below_every_budget_is_refused(tmp_path) -> None:
+    with pytest.raises(Invalid, match="target"):
+        measured(tmp_path, falls(3e12), {"early": rises(3e9)}, target=1e3)
