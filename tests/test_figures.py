@@ -233,7 +233,7 @@ def test_a_group_without_a_lead_has_no_mark():
 
 
 def test_ablation_averages_draws_within_runs_and_keeps_their_spread(tables):
-    rows = tables.ask(queries.ABLATION)
+    rows = tables.ask(queries.ablation())
     made = {strip.name: strip for strip in strips(rows)}
     assert next(iter(made)) == "nothing removed" and len(made) == 5
     random = made["carry: random direction removed"]

@@ -9,8 +9,9 @@ import pytest
 
 import synthetic
 from elegans import report
-from elegans.figures import Catalogue, Lead, Strip
+from elegans.figures import Catalogue, Lead
 from elegans.figures.style import precise
+from elegans.figures.within import Against, Effect
 from elegans.files import write_json
 from elegans.report import words
 from elegans.store import Store
@@ -194,21 +195,37 @@ def test_a_lead_in_words(row, said):
     assert said in sentence
 
 
-def strip(kind, mean, draws=NONE) -> Strip:
-    return Strip("", "" if kind == "base" else "carry", "", kind, np.array([mean]), draws, mean, None, None)
+def test_an_ablation_is_judged_within_the_runs_that_learned(store, page):
+    """In the store the carry's direction costs nearly all exact match, and random directions a few hundredths."""
+    rows = store.table("ablate").to_pandas()
+    here = rows[rows.feature == "carry"]
+    left = here[here.direction == "feature"].set_index("run").exact_match
+    difference = (here[here.direction == "random"].groupby("run").exact_match.mean() - left).mean()
+    said = f"In the 8 of 8 runs that learned, removing the direction of the carry takes exact match from 0.99 to {left.mean():.2f} ["
+    assert said in text(page)
+    assert f"within a run that is {difference:.2f} [" in text(page)
+    assert "more than random directions take (in 8 of 8 runs more than every draw): the network uses it." in text(page)
 
 
-@pytest.mark.parametrize(("left", "said"), [(0.1, "the network uses it"), (0.95, "no more than chance directions do")])
-def test_an_ablation_is_judged_against_random_directions(left, said):
-    draws = np.linspace(0.9, 1.0, 41)
-    (sentence,) = words.answer([], [strip("base", 0.99), strip("feature", left), strip("random", 0.95, draws)], Catalogue({}))
-    assert sentence.startswith(f"Removing the direction of the carry takes exact match from 0.99 to {left:.2f} (1 run);")
-    assert sentence.endswith(f"{said}.")
+@pytest.mark.parametrize(
+    ("against", "end"),
+    [
+        ((Against("random", 0.9, NONE, 3, 0.5, 0.4, 0.6),), "(in 3 of 3 runs more than every draw): the network uses it."),
+        ((Against("random", 0.9, NONE, 0, 0.0, -0.01, 0.01),), "more than every draw): no more than chance directions do."),
+        ((Against("random", 0.9, NONE, 3, 0.5, -0.4, 1.4),), "more than every draw): undecided."),
+        ((), "no random direction was removed for comparison."),
+    ],
+)
+def test_an_ablation_in_words(against, end):
+    effect = Effect("addition", "carry", "projection", 3, 5, 0.9, 0.4, 0.2, 0.6, against)
+    (sentence,) = words.answer([], [effect], Catalogue({}))
+    assert sentence.startswith("In the 3 of 5 runs that learned, removing the direction of the carry takes exact match from 0.90 to 0.40 [")
+    assert sentence.endswith(end)
 
 
-def test_an_ablation_without_random_directions_is_not_judged():
-    (sentence,) = words.answer([], [strip("base", 0.99), strip("feature", 0.1)], Catalogue({}))
-    assert sentence.endswith("no random direction was removed for comparison.")
+def test_an_ablation_of_runs_that_never_learned_says_so():
+    (sentence,) = words.answer([], [Effect("addition", "carry", "projection", 0, 5, None, None, None, None, ())], Catalogue({}))
+    assert sentence == "Whether the network uses the carry is not measured: none of the 5 ablated runs learned."
 
 
 # ---- many runs

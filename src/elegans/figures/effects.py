@@ -212,12 +212,17 @@ def draw_range(strip: Strip) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def ablation(rows: pa.Table, value: str = "exact_match") -> go.Figure:
-    """Exact match (or loss) with nothing removed, with the feature's direction removed, and with random directions removed."""
+def ablation(rows: pa.Table, value: str = "exact_match", who: str = "measured") -> go.Figure:
+    """Exact match (or loss) with nothing removed, with the feature's direction removed, and with random directions removed.
+
+    `who` says in the caption which runs the rows are of.
+    """
     made = strips(rows, value)
     across = {"title": {"text": EFFECTS[value]}, **({"range": [-0.02, 1.02]} if value == "exact_match" else {"rangemode": "tozero"})}
     height = int(110 + 46 * max(len(made), 2))
-    figure = style.blank(height, _ablation_caption(made, value), xaxis=across, yaxis=_row_axis([s.name for s in made]), showlegend=False)
+    figure = style.blank(
+        height, _ablation_caption(made, value, who), xaxis=across, yaxis=_row_axis([s.name for s in made]), showlegend=False
+    )
     for place, strip in enumerate(made):
         _draw_strip(figure, strip, place)
     return figure
@@ -244,14 +249,14 @@ def _draw_strip(figure: go.Figure, strip: Strip, place: int) -> None:
     _draw_mean(figure, strip.mean, strip.low, strip.high, place, colour, hover)
 
 
-def _ablation_caption(made: list[Strip], value: str) -> str:
+def _ablation_caption(made: list[Strip], value: str, who: str) -> str:
     runs = max((len(strip.each) for strip in made), default=0)
     draws = max((len(strip.draws) for strip in made if strip.repeated), default=0)
     many = f" {runs} runs are too many for dots." if runs > MANY else " Dots: runs, draws averaged within each."
     cut = " (cut at 0 and 1)" if value == "exact_match" else ""
     what = "Exact match on held-out rows" if value == "exact_match" else "Validation loss, nats per scored token,"
     return (
-        f"{what} when a direction is projected out of the network, at the last step measured. Diamonds: means over runs, with their "
-        f"95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of single draws of a control "
+        f"{what} when a direction is projected out of the network, at the last step measured. Diamonds: means over the runs {who}, "
+        f"with their 95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of single draws of a control "
         f"({plural(draws, 'draw')} each), to which the feature's own direction is to be compared."
     )

@@ -60,7 +60,8 @@ def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Figure]:
     if {"lead", "transition"} <= tables.names:
         drawn["lead"] = lead_forest(leads(tables.ask(queries.LEAD), tables.ask(queries.TRANSITION), runs))
     if "ablate" in tables.names:
-        drawn["ablation"] = ablation(strips(tables.ask(queries.ABLATION)), "exact_match")
+        where = queries.among(runs.learned, len(runs.facts)) if runs.learned else "true"
+        drawn["ablation"] = ablation(strips(tables.ask(queries.ablation(where))), "exact_match")
     return drawn
 
 

@@ -16,7 +16,8 @@ from plotly.offline import get_plotlyjs
 
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
-from elegans.figures.effects import Lead, Strip, fields_first, leads, strips
+from elegans.figures.effects import Lead, fields_first, leads
+from elegans.figures.within import Effect, within
 from elegans.files import write_text
 from elegans.report import panels, words
 from elegans.report.panels import Panel
@@ -56,7 +57,7 @@ class Section:
 def _render(store: Store, tables: Tables) -> str:
     runs = catalogue(store, tables)
     found = leads(tables.ask(queries.LEAD), tables.ask(_transitions(tables)), runs) if "lead" in tables.names else []
-    removed = strips(tables.ask(queries.ABLATION)) if "ablate" in tables.names else []
+    removed = within(tables.ask(queries.ablation()), runs) if "ablate" in tables.names else []
     sections = _sections(tables, runs, found)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("elegans", "report"), autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.get_template("page.html").render(
@@ -81,12 +82,12 @@ def _sections(tables: Tables, runs: Catalogue, found: list[Lead]) -> list[Sectio
         Section("Learning", panels.curve_panels(tables, runs) if "metrics" in names else []),
         Section("Positions", panels.position_panel(tables, runs, by) if "positions" in names else []),
         Section("Probes", [*panels.timeline_panel(tables, runs, by), *panels.probe_panels(tables, runs, by)] if "probe" in names else []),
-        Section("Ablation", panels.ablation_panel(tables) if "ablate" in names else []),
+        Section("Ablation", panels.ablation_panel(tables, runs) if "ablate" in names else []),
     ]
     return [section for section in sections if section.panels]
 
 
-def _study(store: Store, runs: Catalogue, found: list[Lead], removed: list[Strip]) -> dict[str, Any]:
+def _study(store: Store, runs: Catalogue, found: list[Lead], removed: list[Effect]) -> dict[str, Any]:
     """Name, question and answer. A written answer stands above the computed one."""
     path = store.path / "study.json"
     study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

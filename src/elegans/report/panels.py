@@ -145,8 +145,10 @@ def lead_panel(found: list[Lead]) -> list[Panel]:
     return [Panel("Does the feature come before the loss?", query, [("", effects.lead_forest(found))])] if found else []
 
 
-def ablation_panel(tables: Tables) -> list[Panel]:
-    """What removing a direction does."""
-    rows = tables.ask(queries.ABLATION)
-    choices = [(UNITS[value][0], effects.ablation(rows, value)) for value in effects.EFFECTS if len(effects.strips(rows, value)) > 1]
-    return [Panel("Does the network use it?", queries.ABLATION, choices)] if choices else []
+def ablation_panel(tables: Tables, runs: Catalogue) -> list[Panel]:
+    """What removing a direction does, in the runs that learned where there are any."""
+    who, where = ("that learned", queries.among(runs.learned, len(runs.facts))) if runs.learned else ("measured", "true")
+    query = queries.ablation(where)
+    rows = tables.ask(query)
+    choices = [(UNITS[value][0], effects.ablation(rows, value, who)) for value in effects.EFFECTS if len(effects.strips(rows, value)) > 1]
+    return [Panel("Does the network use it?", query, choices)] if choices else []
