@@ -10,9 +10,11 @@ import pytest
 import synthetic
 from elegans import report
 from elegans.figures import Catalogue, Lead
+from elegans.figures.scaling import Scaled
 from elegans.figures.style import precise
 from elegans.figures.within import Against, Effect
 from elegans.files import write_json
+from elegans.instruments import Scaling, measure
 from elegans.report import words
 from elegans.store import Store
 
@@ -193,6 +195,54 @@ def lead(mean, low, high, verdict, **change) -> Lead:
 def test_a_lead_in_words(row, said):
     (sentence,) = words.answer([row], [], Catalogue({}))
     assert said in sentence
+
+
+@pytest.mark.parametrize(
+    ("loudness", "said"),
+    [
+        (("quiet",), "it is quiet: readable before the loss moves."),
+        (("quiet", "quiet"), "it is quiet in 2 of 2 groups: readable before the loss moves."),
+        (("undecided", "loud", ""), "it is loud in 1 of 3 groups, undecided in 1 of 3 groups."),
+    ],
+)
+def test_loudness_in_words(loudness, said):
+    rows = [lead(0.4, 0.2, 0.6, "leads", group=f"lr={i}", loudness=name) for i, name in enumerate(loudness)]
+    (sentence,) = words.answer(rows, [], Catalogue({}))
+    assert sentence.endswith(f" By change points, wherever between two recorded steps they were, {said}")
+
+
+def scaled_task(loss: list[float], half=(None, None, None)) -> Scaled:
+    flops = 10.0 ** np.arange(9, 9 + len(loss))
+    means = np.array(loss)
+    return Scaled("addition", flops, {"loss": [means] * 3, "exact_match": [means] * 3}, np.full(len(loss), 3), means, 0.0, 1.0, half)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (scaled_task([1.0, 0.1], (3e9, 1e9, 1e10)), "passes half-way from plateau to floor between 1e09 and 1e10 training FLOPs."),
+        (scaled_task([1.0, 0.4], (9e9, 1e9, None)), "beyond 1e09 training FLOPs; some draws of its seeds do not pass within 1e10."),
+        (scaled_task([1.0, 0.9]), "is not half-way from plateau to floor at 1e10 training FLOPs, the most that was run."),
+        (scaled_task([0.1, 0.0]), "is past half-way from plateau to floor at 1e09 training FLOPs, the least that was run."),
+    ],
+)
+def test_scaling_in_words(task, said):
+    sentence, *_ = words.answer([], [], Catalogue({}), [task])
+    assert sentence.startswith("The best loss of the addition ") and sentence.endswith(said)
+
+
+def test_a_grid_shows_its_scaling(tmp_path):
+    """A panel with an error bar at every budget, and the budgets around the fall shaded, in each of two choices."""
+    budgets = [1e9, 1e10, 1e11, 1e12]
+    store = synthetic.grid_store(tmp_path, budgets, lambda f, w, s: (0.6 if f < 3e11 else 0.001) * (1 + 0.01 * s), {})
+    measure(Scaling(draws=20), store)
+    page = report.write(store).read_text(encoding="utf-8")
+    assert "scaling" in sections(page) and "between 1e11 and 1e12 training FLOPs" in text(page)
+    loss, exact = (f for f in figures(page) if f["layout"]["meta"]["caption"].startswith("Test "))
+    (curve,) = loss["data"]
+    assert curve["type"] == "scatter" and [shape["x0"] for shape in loss["layout"]["shapes"] if shape["type"] == "rect"] == [1e11]
+    assert sum(shape["type"] == "line" for shape in loss["layout"]["shapes"]) == 2  # floor and plateau
+    assert not any(shape["type"] == "line" for shape in exact["layout"]["shapes"])
 
 
 def test_an_ablation_is_judged_within_the_runs_that_learned(store, page):

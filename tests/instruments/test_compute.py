@@ -5,7 +5,7 @@ import pytest
 
 import synthetic
 from elegans.errors import Invalid
-from elegans.instruments.compute import AcrossCompute
+from elegans.instruments import AcrossCompute, Transition
 from elegans.instruments.transition import NEVER_FELL, NEVER_READ
 
 BUDGETS = [10.0**k for k in range(9, 14)]
@@ -55,6 +55,7 @@ def test_quiet_and_loud_by_the_budgets_between_which_each_changes(tables) -> Non
     rows = {row["feature"]: row for row in tables["across_compute_lead"]}
     assert rows["early"]["loudness"] == "quiet"
     assert rows["early"]["low"] == pytest.approx(2) and rows["early"]["high"] == pytest.approx(4)
+    assert [rows["early"][f"{name}_{end}"] for name in ("loss", "feature") for end in ("low", "high")] == [1e12, 1e13, 1e9, 1e10]
     assert rows["with"]["loudness"] == "undecided" and rows["with"]["low"] == pytest.approx(-1)  # the same pair of budgets
     assert rows["always"]["loudness"] == "quiet" and rows["always"]["high"] is None and rows["always"]["lead"] is None
     for name in ("never", "late"):
@@ -71,3 +72,29 @@ def test_a_feature_that_follows_is_loud_and_a_loss_that_never_falls_is_missing(t
 def test_a_target_below_every_budget_is_refused(tmp_path) -> None:
     with pytest.raises(Invalid, match="target"):
         measured(tmp_path, falls(3e12), {"early": rises(3e9)}, target=1e3)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A feature that one draw of seeds in 27 knows a budget earlier, and another width that is the better one at the largest budget."""
+
+    def score(flops: float, width: int, seed: int) -> float:
+        return 0.98 if flops > 3e10 else 0.8 if seed == 0 and flops > 3e9 else 0.51
+
+    def loss(flops: float, width: int, seed: int) -> float:
+        return PLATEAU * (1 + 0.01 * seed) if flops < 3e12 else 0.01 * (1 + seed) * (1 + (width == 16))
+
+    return synthetic.grid_store(tmp_path_factory.mktemp("uneven"), BUDGETS, loss, {"early": score})
+
+
+@pytest.mark.parametrize(("name", "value"), [("confidence", 0.5), ("least", 0.6), ("same", 5.0), ("draws", 1000), ("target", 1e9)])
+def test_every_field_changes_the_tables(uneven, name, value) -> None:
+    before, after = (AcrossCompute(**{"draws": 10} | fields).tables(uneven) for fields in ({}, {name: value}))
+    assert any(not before[table].equals(after[table]) for table in before)
+
+
+@pytest.mark.parametrize(("name", "value"), [("confidence", 0.5), ("least", 0.6), ("same", 2.5)])
+def test_every_field_of_transition_changes_its_tables(tmp_path, name, value) -> None:
+    store = synthetic.make(tmp_path, synthetic.small(), tables=("metrics", "probe"), probes=8)
+    before, after = Transition().tables(store), Transition(**{name: value}).tables(store)
+    assert any(not before[table].equals(after[table]) for table in before)

@@ -78,12 +78,17 @@ def test_change_points_have_intervals_in_steps_and_flops_and_miss_where_nothing_
             assert row["step_low"] is None
 
 
-def test_a_feature_that_comes_long_before_is_quiet_and_intervals_hold_the_recorded_steps(tables) -> None:
+def test_the_lead_of_change_points_has_an_interval_that_holds_the_truth(tables) -> None:
+    truths = [t for i, run in enumerate(synthetic.small()) if (t := synthetic._truth(i, run, 12))["learns"]]
     for row in tables["lead"]:
+        assert row["missing"] is None
         if row["low"] is None:
-            assert row["lowest"] is None and row["loudness"] == "undecided"
-        else:
-            assert row["lowest"] <= row["low"] and row["highest"] >= row["high"] and row["missing"] is None
+            assert row["change_low"] is None and row["loudness"] == "undecided"
+            continue
+        group = [t for t in truths if row["group"] == f"lr={t['lr']:g}"]
+        truth = np.mean([np.log10(t["when"] / (t["carry"] if row["feature"] == "carry" else 30.0)) for t in group])
+        assert row["change_low"] < truth < row["change_high"] and row["change_low"] < row["change"] < row["change_high"]
+        assert row["loudness"] == ("quiet" if row["change_low"] > 0.1 else "undecided")
     assert {r["loudness"] for r in tables["lead"] if r["feature"] == "first_operand" and r["runs"] >= 3} == {"quiet"}
 
 

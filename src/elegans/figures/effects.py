@@ -50,6 +50,7 @@ class Lead:
     high: float | None
     verdict: str
     each: np.ndarray  # the leads of the group's runs
+    loudness: str = ""  # quiet, loud or undecided, by change points; empty where it was not decided
 
     @property
     def name(self) -> str:
@@ -66,7 +67,8 @@ def leads(rows: pa.Table, each: pa.Table, catalogue: Catalogue) -> list[Lead]:
         single = np.array([v for v in values if v is not None], float)
         mean, low, high = (number(row[name]) for name in ("mean", "low", "high"))
         counts = int(row["runs"] or 0), int(row["of"] or 0)
-        found.append(Lead(row["group"] or "", row["feature"], *counts, mean, low, high, row["verdict"] or "undecided", single))
+        verdict = row["verdict"] or "undecided"
+        found.append(Lead(row["group"] or "", row["feature"], *counts, mean, low, high, verdict, single, row.get("loudness") or ""))
     return sorted(found, key=lambda lead: lead.feature)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 FEATURES = "select feature, count(distinct run) as runs from probe where accuracy is not null group by feature order by feature"
-LEAD = 'select "group", feature, runs, "of", mean, low, high, verdict from lead order by feature, "group"'
+LEAD = 'select * from lead order by feature, "group"'
 TRANSITION = "select run, feature, loss_step, feature_step, lead from transition order by feature, run"
+SCALING = "select * from scaling order by task, flops"
+SCALING_FIT = "select * from scaling_fit where quantity = 'half' order by task"
 FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
 from metrics group by run, split order by run, split"""
 SITES = """with ends as (select run, feature, site, step, avg(accuracy) as accuracy from probe

@@ -60,8 +60,9 @@ class AcrossCompute(StoreInstrument):
 
     Table `across_compute_lead`, a row per task and feature: FLOPs at which loss and score are half-way for good (the loss from
     plateau to floor, the score from untrained, or else the smallest budget, to the largest budget), and `lead`, log10 of
-    their quotient. `low` and `high` bound the lead by bootstrap over seeds, each crossing known only to lie between two budgets;
-    `loudness` as in `Transition`. Missing, with the reason, where the loss never fell or the score never rose by `least`.
+    their quotient. `low` and `high` bound the lead (`loss_low`, `feature_low` and so on the crossings) by bootstrap over
+    seeds, each crossing known only to lie between two budgets; null where it lies beyond them. `loudness` as in
+    `Transition`. Missing, with the reason, where the loss never fell or the score never rose by `least`.
     """
 
     target: float | None = field(None, "FLOPs at which the model is chosen; none: the largest budget of each task", gt=0)
@@ -124,18 +125,19 @@ class AcrossCompute(StoreInstrument):
         never = NEVER_FELL if math.isinf(loss.between[1]) else NEVER_READ if means[-1] - untrained < self.least else None
         if never:
             return row | {"missing": never, "lead": None}
-        low, high = self._bounds(losses, probed, levels)
-        return row | {"low": low, "high": high, "loudness": loudness(low, high, self.same)}
+        row |= self._bounds(losses, probed, levels)
+        return row | {"loudness": loudness(row["low"], row["high"], self.same)}
 
-    def _bounds(self, losses: Values, scores: Values, levels: tuple[float, float]) -> tuple[float | None, float | None]:
-        """Bounds of the lead: seeds drawn again at every budget, crossings known to their brackets."""
+    def _bounds(self, losses: Values, scores: Values, levels: tuple[float, float]) -> dict[str, float | None]:
+        """Bounds of both crossings and of the lead: seeds drawn again at every budget, crossings known to their brackets."""
         rng = np.random.default_rng(0)
-        found = []
+        found: dict[str, list[Bracket]] = {"": [], "loss_": [], "feature_": []}
         for _ in range(self.draws):
             drawn = [{c: rng.choice(v, len(v)).tolist() for c, v in values.items()} for values in (losses, scores)]
             loss, score = (_curve(values, level) for values, level in zip(drawn, levels, strict=True))
-            found.append(lead_of(loss.between, score.between))
-        return bounds(found, self.confidence)
+            for name, between in (("", lead_of(loss.between, score.between)), ("loss_", loss.between), ("feature_", score.between)):
+                found[name].append(between)
+        return {f"{k}{end}": v for k, b in found.items() for end, v in zip(("low", "high"), bounds(b, self.confidence), strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +182,7 @@ _ROW = pa.schema(
 )
 _LEAD = pa.schema(
     [(n, pa.string()) for n in ("task", "feature", "site")]
-    + [(n, pa.float64()) for n in ("loss_flops", "feature_flops", "lead", "low", "high")]
+    + [(n, pa.float64()) for n in ("loss_flops", "loss_low", "loss_high", "feature_flops", "feature_low", "feature_high")]
+    + [(n, pa.float64()) for n in ("lead", "low", "high")]
     + [("loudness", pa.string()), ("missing", pa.string())]
 )

@@ -14,7 +14,7 @@ import pyarrow as pa
 from elegans import specs
 from elegans.errors import Invalid
 from elegans.instruments.base import StoreInstrument
-from elegans.instruments.crossings import Bracket, bracket, change_point, crossing, decades, interval, lead_of, loudness, spanning
+from elegans.instruments.crossings import Bracket, change_point, crossing, decades, interval, lead_of, loudness, spanning
 from elegans.specs import field, spec
 from elegans.store import Store
 from elegans.tasks import Task
@@ -42,11 +42,6 @@ class Course:
     least: float = -math.inf  # what is lower counts as this: a loss above its plateau
 
     @property
-    def half(self) -> Bracket | None:
-        """The recorded steps between which it passes half-way."""
-        return None if self.step is None or self.level is None else bracket(self.steps, self.values, self.level)
-
-    @property
     def change(self) -> Bracket | None:
         """The recorded steps between which it changes."""
         return None if self.step is None else change_point(self.steps, [max(v, self.least) for v in self.values])
@@ -65,10 +60,11 @@ class Transition(StoreInstrument):
     ones, so a lead is no finer than the spacing of evaluations and recorded weights.
 
     Per group of runs that differ by seed alone, table `lead`: mean, interval over seeds, and the verdict: leads,
-    lags, no lead (the whole interval within `same` of zero), undecided. Chance level 0; no ceiling. `lowest` and `highest` bound
-    the lead wherever between two recorded steps each transition was, and `loudness` is decided by them: quiet (all beyond
-    `same`: readable before the loss moves), loud (none beyond: with the loss, or after), undecided, which only records
-    finer than `same` can change; null where `missing` says why there is none: never readable, loss never fell.
+    lags, no lead (the whole interval within `same` of zero), undecided. Chance level 0; no ceiling. `change` is the mean lead of the
+    change points, and its interval `change_low`, `change_high` holds wherever between two recorded steps each of them was;
+    `loudness` is decided by it: quiet (all beyond `same`: readable before the loss moves), loud (none beyond: with the
+    loss, or after), undecided, which records coarser than `same` often are; null where `missing` says why: never readable,
+    loss never fell.
 
     Per group and curve (`loss`, or a feature), table `change`: the change point, as `change_point` of instruments/crossings.py, in
     steps and in FLOPs; t interval over seeds of its logarithm, widened by the recorded steps that it lies between. The loss
@@ -104,19 +100,20 @@ class Transition(StoreInstrument):
         return Course(steps, score, level, step, "" if step else NEVER_READ)
 
     def _lead(self, pairs: list[tuple[Course, Course]]) -> dict[str, Any]:
-        known = [(math.log10(a.step / b.step), lead_of(a.half, b.half)) for a, b in pairs if a.half and b.half and a.step and b.step]
+        known = [
+            (math.log10(a.step / b.step), lead_of(a.change, b.change)) for a, b in pairs if a.change and b.change and a.step and b.step
+        ]
         row: dict[str, Any] = {"runs": len(known), "of": len(pairs), "verdict": "undecided"}
         if not known:
             return row | {"missing": "; ".join(sorted({a.missing or b.missing for a, b in pairs}))}
         leads, brackets = zip(*known, strict=True)
         mean, low, high = interval(leads, self.confidence)
-        _, lowest, highest = spanning(brackets, self.confidence)
-        if low is not None and high is not None and lowest is not None and highest is not None:
-            lowest, highest = min(low, lowest), max(high, highest)
+        change, change_low, change_high = spanning(brackets, self.confidence)
+        if low is not None and high is not None:
             within = -self.same < low and high < self.same
             row["verdict"] = "leads" if low > 0 else "lags" if high < 0 else "no lead" if within else "undecided"
-        bounds = {"mean": mean, "low": low, "high": high, "lowest": lowest, "highest": highest}
-        return row | bounds | {"loudness": loudness(lowest, highest, self.same)}
+        row |= {"mean": mean, "low": low, "high": high, "change": change, "change_low": change_low, "change_high": change_high}
+        return row | {"loudness": loudness(change_low, change_high, self.same)}
 
     def _change(self, group: Group, name: str, members: list[Course]) -> dict[str, Any]:
         known = [decades(c.change) for c in members if c.change]
@@ -145,7 +142,9 @@ _TRANSITION = pa.schema(
 _LEAD = pa.schema(
     [("group", pa.string()), ("feature", pa.string()), ("runs", pa.int64()), ("of", pa.int64())]
     + [(n, pa.float64()) for n in ("mean", "low", "high")]
-    + [("verdict", pa.string()), ("lowest", pa.float64()), ("highest", pa.float64()), ("loudness", pa.string()), ("missing", pa.string())]
+    + [("verdict", pa.string())]
+    + [(n, pa.float64()) for n in ("change", "change_low", "change_high")]
+    + [("loudness", pa.string()), ("missing", pa.string())]
 )
 _CHANGE = pa.schema(
     [(n, pa.string()) for n in ("group", "task", "curve")]

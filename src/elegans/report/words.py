@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from elegans.figures import style
 from elegans.figures.catalogue import LEARNED, Catalogue, Facts
 from elegans.figures.effects import Lead, plural
+from elegans.figures.scaling import Scaled
 from elegans.figures.within import Against, Effect
 
 MOST_GROUPS = 6  # named in a sentence
@@ -17,6 +19,7 @@ VERDICTS = {
     "undecided": "undecided: the interval leaves the order open",
 }
 KINDS = {"random": "random directions", "matched": "random steps of equal length"}
+QUIETNESS = ("quiet", "loud", "undecided")
 MANY_GROUPS = {
     "leads": "{} comes before the loss",
     "lags": "{} comes after the loss",
@@ -25,10 +28,13 @@ MANY_GROUPS = {
 }
 
 
-def answer(found: Sequence[Lead], removed: Sequence[Effect], runs: Catalogue) -> list[str]:
-    """A sentence for every feature's lead and ablation, from their rows; where there are none they say so."""
+def answer(found: Sequence[Lead], removed: Sequence[Effect], runs: Catalogue, grid: Sequence[Scaled] = ()) -> list[str]:
+    """A sentence for every task's scaling and every feature's lead and ablation, from their rows; where there are none they say so."""
     features = dict.fromkeys(lead.feature for lead in found)
-    sentences = [_lead_sentence(feature, [lead for lead in found if lead.feature == feature]) for feature in features]
+    sentences = [_scaling_sentence(task) for task in grid]
+    for feature in features:
+        groups = [lead for lead in found if lead.feature == feature]
+        sentences.append(_lead_sentence(feature, groups) + _loudness(groups))
     several = {name: len({getattr(e, name) for e in removed}) > 1 for name in ("task", "method")}
     sentences += [_ablation_sentence(effect, **several) for effect in removed]
     return sentences or ["No lead and no ablation was measured in this store.", learned_sentence(runs)]
@@ -44,6 +50,26 @@ def learned_sentence(runs: Catalogue) -> str:
 def the(feature: str) -> str:
     """A feature's name in a sentence."""
     return f"the {feature.replace('_', ' ')}"
+
+
+# ---- scaling
+
+
+def _scaling_sentence(task: Scaled) -> str:
+    """Where the best loss of a task falls."""
+    of, way, (_, low, high) = f"The best loss of {the(task.task)}", "half-way from plateau to floor", task.half
+    first, last = float(task.flops.min()), float(task.flops.max())
+    if task.floor is None or task.plateau is None:
+        said = f"{of} cannot be placed between plateau and floor, which are not known."
+    elif low is not None and high is not None:
+        said = f"{of} passes {way} between {low:.2g} and {high:.2g} training FLOPs."
+    elif low is not None:
+        said = f"{of} passes {way} beyond {low:.2g} training FLOPs; some draws of its seeds do not pass within {last:.2g}."
+    elif task.values["loss"][0][-1] > (task.floor + task.plateau) / 2:
+        said = f"{of} is not {way} at {last:.2g} training FLOPs, the most that was run."
+    else:
+        said = f"{of} is past {way} at {first:.2g} training FLOPs, the least that was run."
+    return said.replace("e+", "e")
 
 
 # ---- lead
@@ -63,6 +89,17 @@ def _lead_sentence(feature: str, groups: list[Lead]) -> str:
             parts.append(f"{clause} in {len(chosen)} of {len(groups)} groups ({named}{more})")
     said = "; ".join(parts)
     return f"{said[0].upper()}{said[1:]}. Leads in decades of steps; {runs} of {plural(of, 'run')} reached both."
+
+
+def _loudness(groups: list[Lead]) -> str:
+    """Whether the feature is quiet or loud, where change points decided it or could not."""
+    counts = Counter(g.loudness for g in groups if g.loudness)
+    if not counts:
+        return ""
+    known = ", ".join(f"{name} in {counts[name]} of {plural(len(groups), 'group')}" for name in QUIETNESS if counts[name])
+    said = next(iter(counts)) if len(groups) == 1 else known
+    meaning = ": readable before the loss moves" if set(counts) == {"quiet"} else ""
+    return f" By change points, wherever between two recorded steps they were, it is {said}{meaning}."
 
 
 def _one_group(lead: Lead) -> str:
