@@ -240,6 +240,8 @@ def test_ablation_averages_draws_within_runs_and_keeps_their_spread(tables):
     assert len(random.each) == 8 and len(random.draws) == 160
     assert random.mean == pytest.approx(random.draws.mean())
     assert 0 <= random.low < random.mean < random.high <= 1
+    mine = rows.to_pandas().query("feature == 'carry' and direction == 'random'").groupby("run").exact_match
+    assert random.spread == (pytest.approx(mine.quantile(0.025).mean()), pytest.approx(mine.quantile(0.975).mean()))
     assert made["carry removed"].mean < 0.2
     assert [t.x[0] for t in ablation(rows).data if t.name == "mean"] == [strip.mean for strip in made.values()]
 

@@ -158,6 +158,7 @@ class Strip:
     mean: float
     low: float | None  # 95 % t interval of the mean over runs; None for a single run
     high: float | None
+    spread: tuple[float, float]  # the central 95 % of a run's own draws, averaged over runs
 
     @property
     def repeated(self) -> bool:
@@ -196,7 +197,8 @@ def _strip(name: str, feature: str, method: str, kind: str, run: np.ndarray, val
     mean, low, high = mean_interval(each)
     if value == "exact_match" and low is not None and high is not None:
         low, high = max(low, 0.0), min(high, 1.0)
-    return Strip(name, feature, method, kind, each, values, mean, low, high)
+    spread = np.mean([np.quantile(values[place == i], (0.025, 0.975)) for i in range(len(each))], axis=0)
+    return Strip(name, feature, method, kind, each, values, mean, low, high, (float(spread[0]), float(spread[1])))
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
@@ -206,12 +208,6 @@ def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None
         return mean, None, None
     half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half
-
-
-def draw_range(strip: Strip) -> tuple[float, float]:
-    """The central 95 % of single draws."""
-    low, high = np.quantile(strip.draws, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def ablation(rows: pa.Table, value: str = "exact_match", who: str = "measured") -> go.Figure:
@@ -238,8 +234,8 @@ def strip_colour(kind: str) -> str:
 def _draw_strip(figure: go.Figure, strip: Strip, place: int) -> None:
     colour = strip_colour(strip.kind)
     if strip.repeated:
-        low, high = draw_range(strip)
-        hover = f"95 % of single draws: {low:.3f} to {high:.3f}<extra></extra>"
+        low, high = strip.spread
+        hover = f"95 % of a run's own draws: {low:.3f} to {high:.3f}<extra></extra>"
         bar: dict[str, Any] = {"color": style.faint(colour, 0.3), "width": 14}
         figure.add_scatter(x=[low, high], y=[place, place], mode="lines", line=bar, hovertemplate=hover, name="draws")
     if len(strip.each) <= MANY:
@@ -259,6 +255,6 @@ def _ablation_caption(made: list[Strip], value: str, who: str) -> str:
     what = "Exact match on held-out rows" if value == "exact_match" else "Validation loss, nats per scored token,"
     return (
         f"{what} when a direction is projected out of the network, at the last step measured. Diamonds: means over the runs {who}, "
-        f"with their 95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of single draws of a control "
-        f"({plural(draws, 'draw')} each), to which the feature's own direction is to be compared."
+        f"with their 95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of a run's own draws of "
+        f"a control, averaged over runs ({plural(draws, 'draw')} in all), to which the feature's own direction is to be compared."
     )

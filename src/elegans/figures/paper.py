@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
 from elegans.figures.curves import MANY, UNITS, Series, band, series, y_range
-from elegans.figures.effects import EFFECTS, Lead, Strip, draw_range, fields_first, jitter, leads, strip_colour, strips
+from elegans.figures.effects import EFFECTS, Lead, Strip, fields_first, jitter, leads, strip_colour, strips
 from elegans.figures.maps import ProbeMaps, probe_maps
 from elegans.store import Store
 
@@ -154,7 +154,7 @@ def ablation(made: list[Strip], value: str) -> Figure:
     for place, strip in enumerate(made):
         colour = strip_colour(strip.kind)
         if strip.repeated:
-            axes.plot(draw_range(strip), [place, place], color=colour, alpha=0.25, linewidth=7, solid_capstyle="butt")
+            axes.plot(strip.spread, [place, place], color=colour, alpha=0.25, linewidth=7, solid_capstyle="butt")
         if len(strip.each) <= MANY:
             axes.plot(strip.each, place + jitter(len(strip.each), 0.24), ".", color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
         diamond(axes, strip.mean, strip.low, strip.high, place, colour)
