@@ -51,15 +51,32 @@ def test_a_budget_without_probes_is_null_and_keeps_its_loss(tables) -> None:
     assert row["score"] is None and row["probe_loss"] is None and row["probed"] == 0 and row["loss"] > 0
 
 
-def test_quiet_and_loud_by_the_budgets_between_which_each_changes(tables) -> None:
+def test_quiet_and_loud_at_the_last_budget_before_the_loss_moves(tables) -> None:
     rows = {row["feature"]: row for row in tables["across_compute_lead"]}
-    assert rows["early"]["loudness"] == "quiet"
+    assert rows["early"]["loudness"] == "quiet" and rows["early"]["seeds"] == 3
     assert rows["early"]["low"] == pytest.approx(2) and rows["early"]["high"] == pytest.approx(4)
     assert [rows["early"][f"{name}_{end}"] for name in ("loss", "feature") for end in ("low", "high")] == [1e12, 1e13, 1e9, 1e10]
-    assert rows["with"]["loudness"] == "undecided" and rows["with"]["low"] == pytest.approx(-1)  # the same pair of budgets
+    assert rows["with"]["loudness"] == "loud"  # between the same two budgets: the interval of its lead has both signs
+    assert rows["with"]["low"] == pytest.approx(-1) and rows["with"]["high"] == pytest.approx(1)
     assert rows["always"]["loudness"] == "quiet" and rows["always"]["high"] is None and rows["always"]["lead"] is None
     for name in ("never", "late"):
         assert rows[name]["missing"] == NEVER_READ and rows[name]["loudness"] is None and rows[name]["low"] is None
+
+
+def test_a_feature_that_is_there_one_budget_before_is_quiet_unless_the_loss_has_moved_or_seeds_are_few(tmp_path) -> None:
+    def verdict(name: str, early: float, seeds: int = 3) -> str:
+        """The loss falls at 3e11, and has moved to `early` of its plateau at 1e11, where the feature is already there."""
+        loss = lambda f, w, s: PLATEAU * (1 if f < 1e11 else early if f < 3e11 else 0.001) * (1 + 0.001 * s)  # noqa: E731
+        store = synthetic.grid_store(tmp_path / name, BUDGETS, loss, {"early": rises(3e10)}, seeds=seeds)
+        return AcrossCompute(draws=50).tables(store)["across_compute_lead"].to_pylist()[0]["loudness"]
+
+    assert verdict("still", 0.97) == "quiet" and verdict("moved", 0.8) == "loud" and verdict("few", 0.97, 2) == "undecided"
+
+
+def test_seeds_that_disagree_leave_it_undecided(tmp_path) -> None:
+    score = lambda f, w, s: 0.98 if f > 3e11 or (f > 3e10 and s != 0) else 0.51  # noqa: E731
+    row = measured(tmp_path, falls(3e11), {"early": score})["across_compute_lead"][0]
+    assert row["loudness"] == "undecided" and (row["feature_low"], row["feature_high"]) == (1e10, 1e12)
 
 
 def test_a_feature_that_follows_is_loud_and_a_loss_that_never_falls_is_missing(tmp_path) -> None:
@@ -82,12 +99,13 @@ def uneven(tmp_path_factory):
         return 0.98 if flops > 3e10 else 0.8 if seed == 0 and flops > 3e9 else 0.51
 
     def loss(flops: float, width: int, seed: int) -> float:
-        return PLATEAU * (1 + 0.01 * seed) if flops < 3e12 else 0.01 * (1 + seed) * (1 + (width == 16))
+        moved = 0.8 if flops > 3e9 else 1  # from the second budget on
+        return moved * PLATEAU * (1 + 0.01 * seed) if flops < 3e12 else 0.01 * (1 + seed) * (1 + (width == 16))
 
     return synthetic.grid_store(tmp_path_factory.mktemp("uneven"), BUDGETS, loss, {"early": score})
 
 
-@pytest.mark.parametrize(("name", "value"), [("confidence", 0.5), ("least", 0.6), ("same", 5.0), ("draws", 1000), ("target", 1e9)])
+@pytest.mark.parametrize(("name", "value"), [("confidence", 0.5), ("least", 0.6), ("share", 0.4), ("draws", 1000), ("target", 1e9)])
 def test_every_field_changes_the_tables(uneven, name, value) -> None:
     before, after = (AcrossCompute(**{"draws": 10} | fields).tables(uneven) for fields in ({}, {name: value}))
     assert any(not before[table].equals(after[table]) for table in before)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from elegans.errors import Invalid
 from elegans.instruments.base import StoreInstrument
-from elegans.instruments.crossings import Bracket, bracket, crossing, interval, lead_of, loudness
+from elegans.instruments.crossings import Bracket, bracket, crossing, interval, lead_of
 from elegans.instruments.scaling import Ended, bounds, by_budget, chosen, ended_runs
 from elegans.instruments.transition import NEVER_FELL, NEVER_READ, PROBES
 from elegans.specs import field, spec
@@ -23,6 +23,7 @@ ENDS = f"""with ends as (select * from {PROBES} where coalesce(accuracy, r2) is 
 qualify step = max(step) over (partition by run, feature))
 select run, feature, site, {", ".join(f'list_avg(list({of}::double order by "index", label)) as {n}' for n, of in MEANS.items())}
 from ends group by run, feature, site order by run, feature, site"""
+FEWEST = 3  # seeds at every budget, below which nothing is called sure
 Values = dict[float, list[float]]  # budget to a value for each seed
 Scores = dict[str, dict[str, float | None]]  # run to the means of its probes
 
@@ -61,14 +62,17 @@ class AcrossCompute(StoreInstrument):
     Table `across_compute_lead`, a row per task and feature: FLOPs at which loss and score are half-way for good (the loss from
     plateau to floor, the score from untrained, or else the smallest budget, to the largest budget), and `lead`, log10 of
     their quotient. `low` and `high` bound the lead (`loss_low`, `feature_low` and so on the crossings) by bootstrap over
-    seeds, each crossing known only to lie between two budgets; null where it lies beyond them. `loudness` as in
-    `Transition`. Missing, with the reason, where the loss never fell or the score never rose by `least`.
+    seeds, each crossing known only to lie between two budgets; null where it lies beyond them. Missing, with the reason, where the
+    loss never fell or the score never rose by `least`. `loudness` is decided at the last budget at which the loss has not
+    moved (by `share` of its way): quiet where the score is already past half-way there, loud where it is not, undecided where
+    fewer bootstrap draws than `confidence` agree, or some budget has fewer than three seeds (`seeds`). Loud
+    therefore means: not before, as far as budgets this far apart can tell.
     """
 
     target: float | None = field(None, "FLOPs at which the model is chosen; none: the largest budget of each task", gt=0)
     confidence: float = field(0.95, "coverage of the intervals", gt=0, lt=1)
     least: float = field(0.05, "smallest rise of a probe's mean score that counts as learned", gt=0, lt=1)
-    same: float = field(0.1, "decades within which two transitions are the same", gt=0)
+    share: float = field(0.1, "part of the way from plateau to floor that counts as having moved", gt=0, lt=1)
     draws: int = field(200, "bootstrap draws", ge=10, le=100_000)
 
     def tables(self, store: Store) -> dict[str, pa.Table]:
@@ -118,26 +122,41 @@ class AcrossCompute(StoreInstrument):
         probed = {p.flops: p.known("score") for p in points if p.known("score")}
         means = [float(np.mean(scores)) for scores in probed.values()]
         untrained = next((u for p in points if (u := p.mean("untrained")) is not None), means[0])
-        levels = -(floor + plateau) / 2, (untrained + means[-1]) / 2
+        levels = Levels(-(floor + plateau) / 2, -(plateau - self.share * (plateau - floor)), (untrained + means[-1]) / 2)
         losses = {p.flops: [-r.test for r in p.runs] for p in points}
-        loss, score = (_curve(values, level) for values, level in zip((losses, probed), levels, strict=True))
-        row = {"loss_flops": loss.at, "feature_flops": score.at, "lead": math.log10(loss.at / score.at) if loss.at and score.at else None}
+        loss, score = _curve(losses, levels.half), _curve(probed, levels.score)
+        seeds = min(map(len, [*losses.values(), *probed.values()]))
+        row = {"loss_flops": loss.at, "feature_flops": score.at, "seeds": seeds}
         never = NEVER_FELL if math.isinf(loss.between[1]) else NEVER_READ if means[-1] - untrained < self.least else None
         if never:
-            return row | {"missing": never, "lead": None}
-        row |= self._bounds(losses, probed, levels)
-        return row | {"loudness": loudness(row["low"], row["high"], self.same)}
+            return row | {"missing": never}
+        lead = math.log10(loss.at / score.at) if loss.at and score.at else None
+        return row | {"lead": lead} | self._drawn(losses, probed, levels, seeds >= FEWEST)
 
-    def _bounds(self, losses: Values, scores: Values, levels: tuple[float, float]) -> dict[str, float | None]:
-        """Bounds of both crossings and of the lead: seeds drawn again at every budget, crossings known to their brackets."""
+    def _drawn(self, losses: Values, scores: Values, levels: Levels, enough: bool) -> dict[str, Any]:
+        """Bounds of both crossings and of the lead, and the verdict: seeds drawn again at every budget."""
         rng = np.random.default_rng(0)
         found: dict[str, list[Bracket]] = {"": [], "loss_": [], "feature_": []}
+        before, after = 0, 0
         for _ in range(self.draws):
-            drawn = [{c: rng.choice(v, len(v)).tolist() for c, v in values.items()} for values in (losses, scores)]
-            loss, score = (_curve(values, level) for values, level in zip(drawn, levels, strict=True))
-            for name, between in (("", lead_of(loss.between, score.between)), ("loss_", loss.between), ("feature_", score.between)):
+            loss, score = ({c: rng.choice(v, len(v)).tolist() for c, v in values.items()} for values in (losses, scores))
+            falls, rises = _curve(loss, levels.half).between, _curve(score, levels.score).between
+            unmoved = _curve(loss, levels.leaves).between[0]  # the last budget before the loss moves
+            before, after = before + (rises[1] <= unmoved), after + (rises[0] >= unmoved > 0)
+            for name, between in (("", lead_of(falls, rises)), ("loss_", falls), ("feature_", rises)):
                 found[name].append(between)
-        return {f"{k}{end}": v for k, b in found.items() for end, v in zip(("low", "high"), bounds(b, self.confidence), strict=True)}
+        sure = self.confidence * self.draws
+        said = "undecided" if not enough else "quiet" if before >= sure else "loud" if after >= sure else "undecided"
+        ends = {f"{k}{end}": v for k, b in found.items() for end, v in zip(("low", "high"), bounds(b, self.confidence), strict=True)}
+        return ends | {"loudness": said}
+
+
+class Levels(NamedTuple):
+    """Levels of curves that rise: the negated loss half-way and having moved, the score half-way."""
+
+    half: float
+    leaves: float
+    score: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,5 +203,5 @@ _LEAD = pa.schema(
     [(n, pa.string()) for n in ("task", "feature", "site")]
     + [(n, pa.float64()) for n in ("loss_flops", "loss_low", "loss_high", "feature_flops", "feature_low", "feature_high")]
     + [(n, pa.float64()) for n in ("lead", "low", "high")]
-    + [("loudness", pa.string()), ("missing", pa.string())]
+    + [("seeds", pa.int64()), ("loudness", pa.string()), ("missing", pa.string())]
 )

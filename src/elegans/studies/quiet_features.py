@@ -10,6 +10,8 @@ fresh data, AdamW with warm-up and cosine. Every configuration is a run of its o
 seeds of one architecture train in one cohort, so that the grid is 280 programs. Three seeds up to 1e13 FLOPs, one beyond.
 `scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss.
 
+Across compute: `elegans measure probe STORE at=final`, then `elegans measure across_compute STORE`. Within runs: a study whose runs
+record weights, as `small`, with `Probe()` and `Transition()`.
 `draw(store, folder)` draws the paper's figures from the store's rows: scaling, quiet and loud features, ablations.
 
 Cost: stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine.
