@@ -228,7 +228,7 @@ def scaled_task(loss: list[float], half=(None, None, None)) -> Scaled:
 )
 def test_scaling_in_words(task, said):
     sentence, *_ = words.answer([], [], Catalogue({}), [task])
-    assert sentence.startswith("The best loss of the addition ") and sentence.endswith(said)
+    assert sentence.startswith("The best loss of addition ") and sentence.endswith(said)
 
 
 def test_a_grid_shows_its_scaling(tmp_path):

@@ -63,9 +63,8 @@ def _panel(figure: go.Figure, task: Scaled, value: str, i: int, across: int, inn
     x = {"type": "log", "domain": [x0, x0 + 1 / across - 0.07], "anchor": f"y{axis}", "title": {"text": "training FLOPs"}, "dtick": 1}
     y = {"domain": [max(0, top - HIGH / inner), top], "anchor": f"x{axis}", "title": {"text": NAMES[value] if place == 0 else ""}}
     figure.update_layout({f"xaxis{axis}": x | {"exponentformat": "power"}, f"yaxis{axis}": y | _range(task, value)})
-    figure.add_annotation(
-        text=f"<b>{style.text(task.task.replace('_', ' '), 30)}</b>", x=x0, xref="paper", y=top, yref="paper", yanchor="bottom"
-    )
+    title = f"<b>{style.text(task.task.replace('_', ' '), 30)}</b>"
+    figure.add_annotation(text=title, x=x0, xref="paper", xanchor="left", y=top, yref="paper", yanchor="bottom")
     mean, low, high = task.values[value]
     known = np.isfinite(low) & np.isfinite(high)
     error = {"type": "data", "array": np.where(known, high - mean, 0), "arrayminus": np.where(known, mean - low, 0), "thickness": 1.6}

@@ -57,7 +57,7 @@ def the(feature: str) -> str:
 
 def _scaling_sentence(task: Scaled) -> str:
     """Where the best loss of a task falls."""
-    of, way, (_, low, high) = f"The best loss of {the(task.task)}", "half-way from plateau to floor", task.half
+    of, way, (_, low, high) = f"The best loss of {task.task.replace('_', ' ')}", "half-way from plateau to floor", task.half
     first, last = float(task.flops.min()), float(task.flops.max())
     if task.floor is None or task.plateau is None:
         said = f"{of} cannot be placed between plateau and floor, which are not known."
