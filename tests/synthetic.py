@@ -217,3 +217,43 @@ def _lead(truths: list[dict[str, Any]]) -> pa.Table:
                 "mean": mean, "low": mean - half, "high": mean + half, "verdict": verdict,
             })  # fmt: skip
     return pa.Table.from_pylist(rows)
+
+
+# ---- a grid over training budgets
+
+
+def grid_store(path: Path, budgets: Sequence[float], loss: Any, scores: dict[str, Any], *, task: Any = TASK, seeds: int = 3) -> Store:
+    """A store of finished runs at several budgets, two widths each: `loss(flops, d_model, seed)` on both held-out parts.
+
+    `scores` maps a feature to its probe accuracy (flops, d_model, seed) at the site resid.1, None where it was not probed.
+    """
+    base = Run(task=task, model=Transformer(layers=2, d_model=16, heads=2), optim=AdamW(), batch=64, flops=1e12)
+    runs = specs.grid(base, {"model.d_model": [8, 16], "flops": list(budgets), "seed": range(seeds)})
+    truths = [{"run": run.id, "lr": 1e-3, "diverged": None} for run in runs]
+    for width in (8, 16):  # a cohort has one structure
+        members = [i for i, run in enumerate(runs) if run.model.d_model == width]
+        _grid_cohort(path, f"c0ffee{width:06d}", [runs[i] for i in members], [truths[i] for i in members], loss, scores)
+    write_json(path / "format.json", {"format": 1})
+    return Store(path)
+
+
+def _grid_cohort(path: Path, name: str, runs: list[Run], truths: list[dict[str, Any]], loss: Any, scores: dict[str, Any]) -> None:
+    _cohort(path / name, runs, truths)  # written apart, then moved into its place
+    folder = path / "cohorts" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (path / name / "cohorts" / "c0ffee000000").rename(folder)
+    metrics, probes = [], []
+    for run in runs:
+        at = (run.flops, run.model.d_model, run.seed)
+        head = {"run": run.id, "step": STEPS}
+        for split in ("validation", "test"):
+            metrics.append(head | {"split": split, "loss": loss(*at), "accuracy": None, "exact_match": float(loss(*at) < 0.01)})
+        for feature, score in scores.items():
+            if score(*at) is not None:
+                read = {"feature": feature, "site": "resid.1", "family": "resid", "layer": 1, "index": 0, "position": 1}
+                values = {"accuracy": score(*at), "log_loss": 1 - score(*at), "chance": 0.5, "control": 0.5, "untrained": 0.5}
+                probes.append(head | read | values)
+    write_table(folder / "metrics.parquet", pa.Table.from_pylist(metrics))
+    if probes:
+        (path / "rows" / "probe").mkdir(parents=True, exist_ok=True)
+        write_table(path / "rows" / "probe" / f"{name}.parquet", pa.Table.from_pylist(probes))

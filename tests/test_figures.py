@@ -233,13 +233,15 @@ def test_a_group_without_a_lead_has_no_mark():
 
 
 def test_ablation_averages_draws_within_runs_and_keeps_their_spread(tables):
-    rows = tables.ask(queries.ABLATION)
+    rows = tables.ask(queries.ablation())
     made = {strip.name: strip for strip in strips(rows)}
     assert next(iter(made)) == "nothing removed" and len(made) == 5
     random = made["carry: random direction removed"]
     assert len(random.each) == 8 and len(random.draws) == 160
     assert random.mean == pytest.approx(random.draws.mean())
     assert 0 <= random.low < random.mean < random.high <= 1
+    mine = rows.to_pandas().query("feature == 'carry' and direction == 'random'").groupby("run").exact_match
+    assert random.spread == (pytest.approx(mine.quantile(0.025).mean()), pytest.approx(mine.quantile(0.975).mean()))
     assert made["carry removed"].mean < 0.2
     assert [t.x[0] for t in ablation(rows).data if t.name == "mean"] == [strip.mean for strip in made.values()]
 

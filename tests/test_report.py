@@ -9,9 +9,12 @@ import pytest
 
 import synthetic
 from elegans import report
-from elegans.figures import Catalogue, Lead, Strip
+from elegans.figures import Catalogue, Lead
+from elegans.figures.scaling import Scaled
 from elegans.figures.style import precise
+from elegans.figures.within import Against, Effect
 from elegans.files import write_json
+from elegans.instruments import Scaling, measure
 from elegans.report import words
 from elegans.store import Store
 
@@ -194,21 +197,85 @@ def test_a_lead_in_words(row, said):
     assert said in sentence
 
 
-def strip(kind, mean, draws=NONE) -> Strip:
-    return Strip("", "" if kind == "base" else "carry", "", kind, np.array([mean]), draws, mean, None, None)
+@pytest.mark.parametrize(
+    ("loudness", "said"),
+    [
+        (("quiet",), "it is quiet: readable before the loss moves."),
+        (("quiet", "quiet"), "it is quiet in 2 of 2 groups: readable before the loss moves."),
+        (("undecided", "loud", ""), "it is loud in 1 of 3 groups, undecided in 1 of 3 groups."),
+    ],
+)
+def test_loudness_in_words(loudness, said):
+    rows = [lead(0.4, 0.2, 0.6, "leads", group=f"lr={i}", loudness=name) for i, name in enumerate(loudness)]
+    (sentence,) = words.answer(rows, [], Catalogue({}))
+    assert sentence.endswith(f" By change points, wherever between two recorded steps they were, {said}")
 
 
-@pytest.mark.parametrize(("left", "said"), [(0.1, "the network uses it"), (0.95, "no more than chance directions do")])
-def test_an_ablation_is_judged_against_random_directions(left, said):
-    draws = np.linspace(0.9, 1.0, 41)
-    (sentence,) = words.answer([], [strip("base", 0.99), strip("feature", left), strip("random", 0.95, draws)], Catalogue({}))
-    assert sentence.startswith(f"Removing the direction of the carry takes exact match from 0.99 to {left:.2f} (1 run);")
-    assert sentence.endswith(f"{said}.")
+def scaled_task(loss: list[float], half=(None, None, None)) -> Scaled:
+    flops = 10.0 ** np.arange(9, 9 + len(loss))
+    means = np.array(loss)
+    return Scaled("addition", flops, {"loss": [means] * 3, "exact_match": [means] * 3}, np.full(len(loss), 3), means, 0.0, 1.0, half)
 
 
-def test_an_ablation_without_random_directions_is_not_judged():
-    (sentence,) = words.answer([], [strip("base", 0.99), strip("feature", 0.1)], Catalogue({}))
-    assert sentence.endswith("no random direction was removed for comparison.")
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (scaled_task([1.0, 0.1], (3e9, 1e9, 1e10)), "passes half-way from plateau to floor between 1e09 and 1e10 training FLOPs."),
+        (scaled_task([1.0, 0.4], (9e9, 1e9, None)), "beyond 1e09 training FLOPs; some draws of its seeds do not pass within 1e10."),
+        (scaled_task([1.0, 0.9]), "is not half-way from plateau to floor at 1e10 training FLOPs, the most that was run."),
+        (scaled_task([0.1, 0.0]), "is past half-way from plateau to floor at 1e09 training FLOPs, the least that was run."),
+    ],
+)
+def test_scaling_in_words(task, said):
+    sentence, *_ = words.answer([], [], Catalogue({}), [task])
+    assert sentence.startswith("The best loss of addition ") and sentence.endswith(said)
+
+
+def test_a_grid_shows_its_scaling(tmp_path):
+    """A panel with an error bar at every budget, and the budgets around the fall shaded, in each of two choices."""
+    budgets = [1e9, 1e10, 1e11, 1e12]
+    store = synthetic.grid_store(tmp_path, budgets, lambda f, w, s: (0.6 if f < 3e11 else 0.001) * (1 + 0.01 * s), {})
+    measure(Scaling(draws=20), store)
+    page = report.write(store).read_text(encoding="utf-8")
+    assert "scaling" in sections(page) and "between 1e11 and 1e12 training FLOPs" in text(page)
+    loss, exact = (f for f in figures(page) if f["layout"]["meta"]["caption"].startswith("Test "))
+    (curve,) = loss["data"]
+    assert curve["type"] == "scatter" and [shape["x0"] for shape in loss["layout"]["shapes"] if shape["type"] == "rect"] == [1e11]
+    assert sum(shape["type"] == "line" for shape in loss["layout"]["shapes"]) == 2  # floor and plateau
+    assert not any(shape["type"] == "line" for shape in exact["layout"]["shapes"])
+
+
+def test_an_ablation_is_judged_within_the_runs_that_learned(store, page):
+    """In the store the carry's direction costs nearly all exact match, and random directions a few hundredths."""
+    rows = store.table("ablate").to_pandas()
+    here = rows[rows.feature == "carry"]
+    left = here[here.direction == "feature"].set_index("run").exact_match
+    difference = (here[here.direction == "random"].groupby("run").exact_match.mean() - left).mean()
+    said = f"In the 8 of 8 runs that learned, removing the direction of the carry takes exact match from 0.99 to {left.mean():.2f} ["
+    assert said in text(page)
+    assert f"within a run that is {difference:.2f} [" in text(page)
+    assert "more than random directions take (in 8 of 8 runs more than every draw): the network uses it." in text(page)
+
+
+@pytest.mark.parametrize(
+    ("against", "end"),
+    [
+        ((Against("random", 0.9, NONE, 3, 0.5, 0.4, 0.6),), "(in 3 of 3 runs more than every draw): the network uses it."),
+        ((Against("random", 0.9, NONE, 0, 0.0, -0.01, 0.01),), "more than every draw): no more than chance directions do."),
+        ((Against("random", 0.9, NONE, 3, 0.5, -0.4, 1.4),), "more than every draw): undecided."),
+        ((), "no random direction was removed for comparison."),
+    ],
+)
+def test_an_ablation_in_words(against, end):
+    effect = Effect("addition", "carry", "projection", 3, 5, 0.9, 0.4, 0.2, 0.6, against)
+    (sentence,) = words.answer([], [effect], Catalogue({}))
+    assert sentence.startswith("In the 3 of 5 runs that learned, removing the direction of the carry takes exact match from 0.90 to 0.40 [")
+    assert sentence.endswith(end)
+
+
+def test_an_ablation_of_runs_that_never_learned_says_so():
+    (sentence,) = words.answer([], [Effect("addition", "carry", "projection", 0, 5, None, None, None, None, ())], Catalogue({}))
+    assert sentence == "Whether the network uses the carry is not measured: none of the 5 ablated runs learned."
 
 
 # ---- many runs

@@ -7,7 +7,7 @@ from typing import Any
 
 _HOME = {
     "errors": "Invalid StoreError",
-    "instruments": "Ablate Instrument Layout Probe ReplicaInstrument Scaling StoreInstrument Transition measure",
+    "instruments": "Ablate AcrossCompute Instrument Layout Probe ReplicaInstrument Scaling StoreInstrument Transition measure",
     "models": "ALiBi Attention Component Context FeedForward FixedAttention GivenAttention LayerNorm Learned MLP Mixer Model Norm "
     "Positions RMSNorm Rotary Sinusoidal Sizes SwiGLU Transformer",
     "network": "Network load",

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from elegans.instruments.scaling import Ended, Scaling, _by_budget, broken_power_law, power_law
+import synthetic
+from elegans.instruments.scaling import Ended, Scaling, broken_power_law, by_budget, power_law
 
 BUDGETS = [10.0**k for k in range(9, 16)]
 
@@ -28,7 +29,7 @@ def test_a_broken_power_law_is_recovered_where_it_breaks() -> None:
 def test_validation_chooses_and_test_is_reported() -> None:
     """The configuration that is lucky on test rows alone is not chosen."""
     runs = [ended(1e9, "a", s, 0.5, 0.9 + 0.01 * s) for s in range(3)] + [ended(1e9, "b", s, 0.6, 0.1) for s in range(3)]
-    best = Scaling()._best(_by_budget(runs)[1e9])
+    best = Scaling()._best(by_budget(runs)[1e9])
     assert best["configuration"] == "a" and best["loss"] == pytest.approx(0.91) and best["low"] < 0.91 < best["high"]
     assert best["configurations"] == 2 and best["seeds"] == 3
 
@@ -36,11 +37,44 @@ def test_validation_chooses_and_test_is_reported() -> None:
 def test_transitions_have_intervals_over_seeds_and_are_missing_where_budgets_do_not_reach() -> None:
     """Seeds that drop at 1e11 to 1e12 put the half-way point there; seeds that never drop have none."""
     drop = [ended(c, "a", s, loss := (1.0 if c < 5e11 else 0.01 + 0.1 * s), loss) for c in BUDGETS[:5] for s in range(3)]
-    rows = {r["quantity"]: r for r in Scaling(draws=50)._fits(_by_budget(drop), 0.0, 1.0)}
+    rows = {r["quantity"]: r for r in Scaling(draws=50)._fits(by_budget(drop), 0.0, 1.0)}
     half = rows["half"]
-    assert 1e11 < half["low"] <= half["value"] <= half["high"] < 1e12 and half["low"] < half["high"]
+    assert 1e11 < half["value"] < 1e12 and (half["low"], half["high"]) == (1e11, 1e12)
     flat = [ended(c, "a", s, 1.0, 1.0) for c in BUDGETS for s in range(3)]
-    rows = {r["quantity"]: r for r in Scaling(draws=50)._fits(_by_budget(flat), 0.0, 1.0)}
+    rows = {r["quantity"]: r for r in Scaling(draws=50)._fits(by_budget(flat), 0.0, 1.0)}
     assert rows["half"]["value"] is None and rows["leaves"]["low"] is None
-    unknown = {r["quantity"]: r for r in Scaling(draws=50)._fits(_by_budget(flat), None, None)}
+    unknown = {r["quantity"]: r for r in Scaling(draws=50)._fits(by_budget(flat), None, None)}
     assert all(r["value"] is None for r in unknown.values())
+
+
+def test_the_interval_of_a_crossing_holds_it_wherever_between_two_budgets_it_is() -> None:
+    """Curves that drop sharply at a known place: interpolation puts all of them at nearly the same one."""
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        truth = 10 ** rng.uniform(9.1, 14.9)
+        drop = [ended(c, "a", s, loss := max(0.0, float(c < truth) + rng.normal(0, 0.02)), loss) for c in BUDGETS for s in range(3)]
+        half = next(r for r in Scaling(draws=20)._fits(by_budget(drop), 0.0, 1.0) if r["quantity"] == "half")
+        assert half["low"] <= truth <= half["high"] and half["low"] <= half["value"] <= half["high"]
+        assert half["high"] / half["low"] == pytest.approx(10)
+
+
+def test_a_crossing_that_some_seeds_reach_at_the_last_budget_has_no_upper_bound() -> None:
+    drop = [ended(c, "a", s, loss := (1.0 if c < 1e15 else 0.1 + 0.6 * (s == 0)), loss) for c in BUDGETS for s in range(3)]
+    half = next(r for r in Scaling(draws=100)._fits(by_budget(drop), 0.0, 1.0) if r["quantity"] == "half")
+    assert half["low"] == 1e14 and half["value"] < 1e15 and half["high"] is None
+
+
+def test_a_store_gives_the_best_of_each_budget_and_where_it_falls(tmp_path) -> None:
+    """The wider network falls a decade earlier: it is chosen from there on; seeds differ a little."""
+    plateau = synthetic.PLATEAU
+
+    def loss(flops: float, width: int, seed: int) -> float:
+        return (plateau if flops < (3e11 if width == 16 else 3e12) else 0.001) * (1 + 0.01 * seed) + 0.001 * (width == 16)
+
+    store = synthetic.grid_store(tmp_path, BUDGETS[:5], loss, {})
+    tables = {name: table.to_pylist() for name, table in Scaling(draws=20).tables(store).items()}
+    assert [row["flops"] for row in tables["scaling"]] == BUDGETS[:5] and {row["seeds"] for row in tables["scaling"]} == {3}
+    assert ["d_model=16" in row["configuration"] for row in tables["scaling"]] == [False, False, False, True, False]
+    assert [row["loss"] for row in tables["scaling"]][:3] == [pytest.approx(1.01 * plateau)] * 3
+    half = next(row for row in tables["scaling_fit"] if row["quantity"] == "half")
+    assert (half["low"], half["high"]) == (1e11, 1e12)

@@ -1,10 +1,12 @@
-"""What a transition is read from does not depend on the order in which rows come."""
+"""Transitions: the truth behind made-up curves is found, whatever the order of the rows and whichever version wrote them."""
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pytest
 
-from elegans.instruments.transition import READABLE, Transition, _nested
+import synthetic
+from elegans.instruments.transition import NEVER_FELL, NEVER_READ, READABLE, Course, Transition, _nested
 
 
 def test_rows_in_any_order_give_the_same_curves_and_ties_the_same_site() -> None:
@@ -22,15 +24,101 @@ def test_rows_in_any_order_give_the_same_curves_and_ties_the_same_site() -> None
         rng.shuffle(rows)
         probe = pa.Table.from_pylist(rows, schema=_SCHEMA)
         curves = _nested(duckdb.connect().register("probe", probe).sql(READABLE).to_arrow_table())
-        answers.append(({k: Transition()._feature_step(v) for k, v in curves.items()}, curves))
+        answers.append(({k: Transition()._feature(v).step for k, v in curves.items()}, curves))
     assert all(answer == answers[0] for answer in answers)
     steps, curves = answers[0]
     for key, by_site in curves.items():  # both sites end at 1: the first by name counts
-        assert steps[key] == Transition()._feature_step({"resid.0": by_site["resid.0"]})
-    assert any(steps[k] != Transition()._feature_step({"resid.1": v["resid.1"]}) for k, v in curves.items())
+        assert steps[key] == Transition()._feature({"resid.0": by_site["resid.0"]}).step
+    assert any(steps[k] != Transition()._feature({"resid.1": v["resid.1"]}).step for k, v in curves.items())
 
 
 _SCHEMA = pa.schema(
     [(n, pa.string()) for n in ("run", "feature", "site")]
     + [("step", pa.int64()), ("index", pa.int64()), ("label", pa.int64()), ("accuracy", pa.float32()), ("r2", pa.float32())]
 )
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Probes without the columns label, r2 and mse, as earlier versions wrote them."""
+    return synthetic.make(tmp_path_factory.mktemp("transition"), synthetic.small(), tables=("metrics", "probe"), probes=60)
+
+
+@pytest.fixture(scope="module")
+def tables(store):
+    return {name: table.to_pylist() for name, table in Transition().tables(store).items()}
+
+
+def test_probes_of_an_earlier_version_give_the_transitions_that_made_them(store, tables) -> None:
+    assert not {"r2", "label"} & set(store.table("probe").column_names)
+    truths = {run.id: synthetic._truth(i, run, 12) for i, run in enumerate(synthetic.small())}
+    rows = [row for row in tables["transition"] if row["lead"] is not None]
+    assert {row["run"] for row in rows} == {run for run, t in truths.items() if t["learns"]}
+    for row in rows:
+        truth = truths[row["run"]]
+        feature = truth["carry"] if row["feature"] == "carry" else 30.0
+        for name, at in (("loss", truth["when"]), ("feature", feature)):
+            for kind in ("step", "change"):
+                assert abs(np.log10(row[f"{name}_{kind}"] / at)) < 0.12, (row, name, kind)
+
+
+def test_change_points_have_intervals_in_steps_and_flops_and_miss_where_nothing_changed(tables) -> None:
+    truths = [synthetic._truth(i, run, 12) for i, run in enumerate(synthetic.small())]
+    for row in tables["change"]:
+        group = [t for t in truths if row["group"] == f"lr={t['lr']:g}"]
+        learned = [t for t in group if t["learns"]]
+        known = group if row["curve"] == "first_operand" else learned
+        assert row["runs"] == sum(t["diverged"] is None for t in known)
+        at = {"loss": "when", "carry": "carry"}.get(row["curve"])
+        truth = 10 ** np.mean([np.log10(t[at] if at else 30.0) for t in known])
+        assert abs(np.log10(row["step"] / truth)) < 0.12 and row["flops"] == pytest.approx(8.9e7 * row["step"])
+        if row["runs"] >= 3:
+            assert row["step_low"] < row["step"] < row["step_high"] and row["step_low"] < truth < row["step_high"]
+        else:
+            assert row["step_low"] is None
+
+
+def test_the_lead_of_change_points_has_an_interval_that_holds_the_truth(tables) -> None:
+    truths = [t for i, run in enumerate(synthetic.small()) if (t := synthetic._truth(i, run, 12))["learns"]]
+    for row in tables["lead"]:
+        assert row["missing"] is None
+        if row["low"] is None:
+            assert row["change_low"] is None and row["loudness"] == "undecided"
+            continue
+        group = [t for t in truths if row["group"] == f"lr={t['lr']:g}"]
+        truth = np.mean([np.log10(t["when"] / (t["carry"] if row["feature"] == "carry" else 30.0)) for t in group])
+        assert row["change_low"] < truth < row["change_high"] and row["change_low"] < row["change"] < row["change_high"]
+        assert row["loudness"] == ("quiet" if row["change_low"] > 0.1 else "undecided")
+    assert {r["loudness"] for r in tables["lead"] if r["feature"] == "first_operand" and r["runs"] >= 3} == {"quiet"}
+
+
+def course(at: float | None, per_decade: int = 40) -> Course:
+    """A rise from 0 to 1 at a step, recorded that often; none: it stays at 0."""
+    steps = sorted({0, *(round(10 ** (k / per_decade)) for k in range(4 * per_decade))})
+    values = [0.0 if at is None else 1 / (1 + (at / max(s, 0.5)) ** 8) for s in steps]
+    return Transition()._feature({"resid.0": list(zip(steps, values, strict=True))})
+
+
+@pytest.mark.parametrize(
+    ("leads", "per_decade", "said"),
+    [
+        ((0.29, 0.3, 0.31), 40, "quiet"),
+        ((-0.01, 0.0, 0.01), 40, "loud"),
+        ((-0.31, -0.3, -0.29), 40, "loud"),
+        ((0.0, 0.3, 0.6), 40, "undecided"),
+        ((-0.01, 0.0, 0.01), 4, "undecided"),  # recorded too coarsely to tell
+        ((0.3,), 40, "undecided"),
+    ],
+)
+def test_quiet_and_loud(leads, per_decade, said) -> None:
+    row = Transition()._lead([(course(500.0, per_decade), course(500 / 10**lead, per_decade)) for lead in leads])
+    assert row["loudness"] == said and row["mean"] == pytest.approx(np.mean(leads), abs=0.05)
+
+
+def test_what_never_happened_is_missing_and_never_zero() -> None:
+    never = Course((1, 10), (0.0, 0.0), 0.5, None, NEVER_FELL)
+    row = Transition()._lead([(never, course(5.0))] * 3)
+    assert row["missing"] == NEVER_FELL and row["runs"] == 0 and "mean" not in row and "loudness" not in row
+    row = Transition()._lead([(course(5.0), course(None))] * 3)
+    assert row["missing"] == NEVER_READ and row.get("loudness") is None
+    assert Transition()._feature({"embed": [(0, 0.99), (10, 1.0)]}).missing == "readable untrained"

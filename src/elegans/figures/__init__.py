@@ -5,9 +5,13 @@ from elegans.figures.curves import curves, timeline
 from elegans.figures.effects import Lead, Strip, ablation, lead_forest, leads, strips
 from elegans.figures.maps import position_map, probe_map
 from elegans.figures.paper import save_paper_figures
+from elegans.figures.quiet import ablation_figure, features_figure, save_quiet_figures, scaling_figure
+from elegans.figures.scaling import scaled, scaling
 from elegans.figures.style import caption, template
+from elegans.figures.within import within
 
 __all__ = [
-    "Catalogue", "Facts", "Grouping", "Lead", "Strip", "Tables", "ablation", "caption", "catalogue", "curves", "lead_forest", "leads",
-    "position_map", "probe_map", "save_paper_figures", "strips", "template", "timeline",
+    "Catalogue", "Facts", "Grouping", "Lead", "Strip", "Tables", "ablation", "ablation_figure", "caption", "catalogue", "curves",
+    "features_figure", "lead_forest", "leads", "position_map", "probe_map", "save_paper_figures", "save_quiet_figures", "scaled", "scaling",
+    "scaling_figure", "strips", "template", "timeline", "within",
 ]  # fmt: skip

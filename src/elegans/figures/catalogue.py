@@ -28,8 +28,24 @@ NEEDED = {
     "ablate": ("run", "step", "feature", "method", "direction", "draw", "loss", "exact_match", "base_loss", "base_exact_match"),
     "transition": ("run", "feature", "level", "loss_step", "feature_step", "lead"),
     "lead": ("group", "feature", "runs", "of", "mean", "low", "high", "verdict"),
+    "change": ("group", "task", "curve", "runs", "of", "flops", "flops_low", "flops_high", "missing"),
+    "course": ("group", "task", "curve", "step", "flops", "runs", "mean", "low", "high"),
+    "scaling": ("task", "flops", "configuration", "seeds", "loss", "low", "high", "exact_match", "floor", "plateau"),
+    "scaling_fit": ("task", "quantity", "value", "low", "high"),
+    "across_compute": (
+        *("task", "feature", "site", "configuration", "flops", "seeds", "probed", "loss", "loss_low", "loss_high"),
+        *("score", "score_low", "score_high", "untrained", "chance", "floor", "plateau"),
+    ),
+    "across_compute_lead": (
+        *("task", "feature", "loss_flops", "loss_low", "loss_high", "feature_flops", "feature_low", "feature_high"),
+        *("lead", "low", "high", "loudness", "missing"),
+    ),
 }
-OPTIONAL = {"probe": ("control", "untrained")}  # null where an instrument was told not to measure them
+OPTIONAL = {
+    "probe": ("control", "untrained"),
+    "lead": ("loudness",),
+    "scaling": ("exact_low", "exact_high"),
+}  # null where an instrument was told not to measure them
 SHADES = 8  # values of a field that get a colour each; more are binned
 BINS = 5
 LEARNED = "the last validation loss is at or below half-way from plateau to floor (where these are unknown: exact match is 0.5 or more)"

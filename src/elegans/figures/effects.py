@@ -50,6 +50,7 @@ class Lead:
     high: float | None
     verdict: str
     each: np.ndarray  # the leads of the group's runs
+    loudness: str = ""  # quiet, loud or undecided, by change points; empty where it was not decided
 
     @property
     def name(self) -> str:
@@ -66,7 +67,8 @@ def leads(rows: pa.Table, each: pa.Table, catalogue: Catalogue) -> list[Lead]:
         single = np.array([v for v in values if v is not None], float)
         mean, low, high = (number(row[name]) for name in ("mean", "low", "high"))
         counts = int(row["runs"] or 0), int(row["of"] or 0)
-        found.append(Lead(row["group"] or "", row["feature"], *counts, mean, low, high, row["verdict"] or "undecided", single))
+        verdict = row["verdict"] or "undecided"
+        found.append(Lead(row["group"] or "", row["feature"], *counts, mean, low, high, verdict, single, row.get("loudness") or ""))
     return sorted(found, key=lambda lead: lead.feature)
 
 
@@ -156,6 +158,7 @@ class Strip:
     mean: float
     low: float | None  # 95 % t interval of the mean over runs; None for a single run
     high: float | None
+    spread: tuple[float, float]  # the central 95 % of a run's own draws, averaged over runs
 
     @property
     def repeated(self) -> bool:
@@ -194,7 +197,8 @@ def _strip(name: str, feature: str, method: str, kind: str, run: np.ndarray, val
     mean, low, high = mean_interval(each)
     if value == "exact_match" and low is not None and high is not None:
         low, high = max(low, 0.0), min(high, 1.0)
-    return Strip(name, feature, method, kind, each, values, mean, low, high)
+    spread = np.mean([np.quantile(values[place == i], (0.025, 0.975)) for i in range(len(each))], axis=0)
+    return Strip(name, feature, method, kind, each, values, mean, low, high, (float(spread[0]), float(spread[1])))
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
@@ -206,18 +210,17 @@ def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None
     return mean, mean - half, mean + half
 
 
-def draw_range(strip: Strip) -> tuple[float, float]:
-    """The central 95 % of single draws."""
-    low, high = np.quantile(strip.draws, (0.025, 0.975))
-    return float(low), float(high)
+def ablation(rows: pa.Table, value: str = "exact_match", who: str = "measured") -> go.Figure:
+    """Exact match (or loss) with nothing removed, with the feature's direction removed, and with random directions removed.
 
-
-def ablation(rows: pa.Table, value: str = "exact_match") -> go.Figure:
-    """Exact match (or loss) with nothing removed, with the feature's direction removed, and with random directions removed."""
+    `who` says in the caption which runs the rows are of.
+    """
     made = strips(rows, value)
     across = {"title": {"text": EFFECTS[value]}, **({"range": [-0.02, 1.02]} if value == "exact_match" else {"rangemode": "tozero"})}
     height = int(110 + 46 * max(len(made), 2))
-    figure = style.blank(height, _ablation_caption(made, value), xaxis=across, yaxis=_row_axis([s.name for s in made]), showlegend=False)
+    figure = style.blank(
+        height, _ablation_caption(made, value, who), xaxis=across, yaxis=_row_axis([s.name for s in made]), showlegend=False
+    )
     for place, strip in enumerate(made):
         _draw_strip(figure, strip, place)
     return figure
@@ -231,8 +234,8 @@ def strip_colour(kind: str) -> str:
 def _draw_strip(figure: go.Figure, strip: Strip, place: int) -> None:
     colour = strip_colour(strip.kind)
     if strip.repeated:
-        low, high = draw_range(strip)
-        hover = f"95 % of single draws: {low:.3f} to {high:.3f}<extra></extra>"
+        low, high = strip.spread
+        hover = f"95 % of a run's own draws: {low:.3f} to {high:.3f}<extra></extra>"
         bar: dict[str, Any] = {"color": style.faint(colour, 0.3), "width": 14}
         figure.add_scatter(x=[low, high], y=[place, place], mode="lines", line=bar, hovertemplate=hover, name="draws")
     if len(strip.each) <= MANY:
@@ -244,14 +247,14 @@ def _draw_strip(figure: go.Figure, strip: Strip, place: int) -> None:
     _draw_mean(figure, strip.mean, strip.low, strip.high, place, colour, hover)
 
 
-def _ablation_caption(made: list[Strip], value: str) -> str:
+def _ablation_caption(made: list[Strip], value: str, who: str) -> str:
     runs = max((len(strip.each) for strip in made), default=0)
     draws = max((len(strip.draws) for strip in made if strip.repeated), default=0)
     many = f" {runs} runs are too many for dots." if runs > MANY else " Dots: runs, draws averaged within each."
     cut = " (cut at 0 and 1)" if value == "exact_match" else ""
     what = "Exact match on held-out rows" if value == "exact_match" else "Validation loss, nats per scored token,"
     return (
-        f"{what} when a direction is projected out of the network, at the last step measured. Diamonds: means over runs, with their "
-        f"95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of single draws of a control "
-        f"({plural(draws, 'draw')} each), to which the feature's own direction is to be compared."
+        f"{what} when a direction is projected out of the network, at the last step measured. Diamonds: means over the runs {who}, "
+        f"with their 95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of a run's own draws of "
+        f"a control, averaged over runs ({plural(draws, 'draw')} in all), to which the feature's own direction is to be compared."
     )

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
 from elegans.figures.curves import MANY, UNITS, Series, band, series, y_range
-from elegans.figures.effects import EFFECTS, Lead, Strip, draw_range, fields_first, jitter, leads, strip_colour, strips
+from elegans.figures.effects import EFFECTS, Lead, Strip, fields_first, jitter, leads, strip_colour, strips
 from elegans.figures.maps import ProbeMaps, probe_maps
 from elegans.store import Store
 
@@ -33,13 +33,13 @@ def save_paper_figures(store: Store, folder: str | Path) -> list[Path]:
     try:
         with matplotlib.rc_context(LOOK):
             drawn = _draw_all(tables, catalogue(store, tables))
-            return [path for name, figure in drawn.items() for path in _save(figure, folder / name)]
+            return [path for name, figure in drawn.items() for path in save(figure, folder / name)]
     finally:
         tables.close()
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
-    """The same figure gives the same bytes: no dates in the files."""
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write PNG and PDF. The same figure gives the same bytes: no dates in the files."""
     figure.savefig(stem.with_suffix(".png"), metadata={"Software": None})
     figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
     return [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
@@ -60,7 +60,8 @@ def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Figure]:
     if {"lead", "transition"} <= tables.names:
         drawn["lead"] = lead_forest(leads(tables.ask(queries.LEAD), tables.ask(queries.TRANSITION), runs))
     if "ablate" in tables.names:
-        drawn["ablation"] = ablation(strips(tables.ask(queries.ABLATION)), "exact_match")
+        where = queries.among(runs.learned, len(runs.facts)) if runs.learned else "true"
+        drawn["ablation"] = ablation(strips(tables.ask(queries.ablation(where))), "exact_match")
     return drawn
 
 
@@ -140,9 +141,9 @@ def lead_forest(found: list[Lead]) -> Figure:
         colour = style.NAMED[features.index(lead.feature) % len(style.NAMED)]
         axes.plot(lead.each, place + jitter(len(lead.each), 0.24), ".", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
         if lead.mean is not None:
-            _diamond(axes, lead.mean, lead.low, lead.high, place, colour)
+            diamond(axes, lead.mean, lead.low, lead.high, place, colour)
         axes.text(1.01, place, f"{lead.verdict}, {lead.runs}/{lead.of}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
-    _rows(axes, [lead.name for lead in found])
+    name_rows(axes, [lead.name for lead in found])
     axes.set_xlabel("lead of the feature over the loss (decades of steps)")
     return figure
 
@@ -153,22 +154,24 @@ def ablation(made: list[Strip], value: str) -> Figure:
     for place, strip in enumerate(made):
         colour = strip_colour(strip.kind)
         if strip.repeated:
-            axes.plot(draw_range(strip), [place, place], color=colour, alpha=0.25, linewidth=7, solid_capstyle="butt")
+            axes.plot(strip.spread, [place, place], color=colour, alpha=0.25, linewidth=7, solid_capstyle="butt")
         if len(strip.each) <= MANY:
             axes.plot(strip.each, place + jitter(len(strip.each), 0.24), ".", color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
-        _diamond(axes, strip.mean, strip.low, strip.high, place, colour)
-    _rows(axes, [strip.name for strip in made])
+        diamond(axes, strip.mean, strip.low, strip.high, place, colour)
+    name_rows(axes, [strip.name for strip in made])
     axes.set_xlabel(EFFECTS[value])
     axes.set_xlim(*((-0.02, 1.02) if value == "exact_match" else (0, None)))
     return figure
 
 
-def _diamond(axes: Axes, mean: float, low: float | None, high: float | None, place: int, colour: str) -> None:
+def diamond(axes: Axes, mean: float, low: float | None, high: float | None, place: float, colour: str) -> None:
+    """A mean, with whiskers where there is an interval."""
     error = None if low is None or high is None else [[mean - low], [high - mean]]
     axes.errorbar([mean], [place], xerr=error, fmt="D", color=colour, markersize=4.5, capsize=2, elinewidth=1.2)
 
 
-def _rows(axes: Axes, names: list[str]) -> None:
+def name_rows(axes: Axes, names: list[str]) -> None:
+    """A row for each name, the first on top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 FEATURES = "select feature, count(distinct run) as runs from probe where accuracy is not null group by feature order by feature"
-LEAD = 'select "group", feature, runs, "of", mean, low, high, verdict from lead order by feature, "group"'
+LEAD = 'select * from lead order by feature, "group"'
 TRANSITION = "select run, feature, loss_step, feature_step, lead from transition order by feature, run"
-ABLATION = """select run, feature, method, direction, draw, exact_match, loss, base_exact_match, base_loss
-from ablate
-qualify step = max(step) over (partition by run, feature, method)
-order by feature, method, direction, run, draw"""
+SCALING = "select * from scaling order by task, flops"
+SCALING_FIT = "select * from scaling_fit where quantity = 'half' order by task"
 FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
 from metrics group by run, split order by run, split"""
 SITES = """with ends as (select run, feature, site, step, avg(accuracy) as accuracy from probe
@@ -58,6 +56,14 @@ def probe_curves(sites: dict[str, str], where: str) -> str:
     return f"""select run, step, feature, avg(accuracy) as accuracy, avg(chance) as chance
 from probe where (feature, site) in ({pairs}) and {where}
 group by run, step, feature order by feature, run, step"""
+
+
+def ablation(where: str = "true") -> str:
+    """What was left after every removal, at the last step measured."""
+    return f"""select run, feature, method, direction, draw, exact_match, loss, base_exact_match, base_loss
+from ablate where {where}
+qualify step = max(step) over (partition by run, feature, method)
+order by feature, method, direction, run, draw"""
 
 
 def loss_curves(where: str) -> str:

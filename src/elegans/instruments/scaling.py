@@ -15,16 +15,17 @@ from scipy import optimize
 from elegans import specs
 from elegans.errors import Invalid
 from elegans.instruments.base import StoreInstrument
-from elegans.instruments.transition import crossing, interval
+from elegans.instruments.crossings import Bracket, bracket, crossing, interval
 from elegans.randomness import stable_hash
 from elegans.specs import field, identity, spec
 from elegans.store import Store
 from elegans.tasks import Task
+from elegans.training.run import LENGTHS, SEEDS
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """One finished run: its budget in FLOPs, its configuration without seed and budget, its last scores."""
+    """One finished run: its budget in FLOPs, its configuration without seed and budget, its last scores, its model."""
 
     task: str
     flops: float
@@ -33,6 +34,7 @@ class Ended:
     validation: float
     test: float
     exact_match: float
+    model: str = ""
 
 
 def power_law(flops: Sequence[float], loss: Sequence[float]) -> tuple[float, float] | None:
@@ -70,13 +72,17 @@ class Scaling(StoreInstrument):
 
     Table `scaling`, a row per task and budget: at each budget the configuration (everything but seed and budget) with the
     lowest mean validation loss, and its `loss` (nats per scored token) and `exact_match` on TEST rows, which
-    chose nothing; `low` and `high` are t intervals over its seeds, null for fewer than three. The chance level of the loss is
-    `plateau`, its best `floor`.
+    chose nothing; `low` and `high` are t intervals over its seeds, null for fewer than three (`exact_low`, `exact_high`: those of
+    the exact match). The chance level of the loss is `plateau`, its best `floor`.
 
     Table `scaling_fit`, a row per task and quantity, with bootstrap intervals over seeds (every configuration's seeds drawn
     again, the best one chosen again): `leaves`, FLOPs at which the curve has fallen by `share` of the way from plateau to
     floor for good; `half`, the same half-way; `slope`, b of loss - floor = a * FLOPs^-b beyond `leaves`; `break`, FLOPs at the
     break of a broken power law, `slope_before` and `slope_after` it. Missing where the budgets do not reach it.
+
+    The value of `leaves` and `half` is interpolated between two budgets on a logarithmic axis, but the curve may fall anywhere
+    between them: their interval goes from the bootstrap quantile of the budget before the crossing to that of the
+    budget after it, so that it always includes the bracket. A bound is null where it lies beyond the budgets.
     """
 
     share: float = field(0.1, "part of the way from plateau to floor that counts as having left the plateau", gt=0, lt=1)
@@ -84,47 +90,59 @@ class Scaling(StoreInstrument):
     confidence: float = field(0.95, "coverage of the intervals", gt=0, lt=1)
 
     def tables(self, store: Store) -> dict[str, pa.Table]:
-        ended, tasks = _ended(store)
+        ended, tasks = ended_runs(store)
         if not ended:
             raise Invalid("store", str(store.path), "scaling needs finished runs with test losses")
         best, fits = [], []
         for name, task in tasks.items():
-            mine = _by_budget([e for e in ended if e.task == name])
+            mine = by_budget([e for e in ended if e.task == name])
             bounds = {"floor": task.floor(), "plateau": task.plateau()}
             best += [{"task": name, "flops": flops, **self._best(runs), **bounds} for flops, runs in mine.items()]
             fits += [{"task": name, **row} for row in self._fits(mine, **bounds)]
         return {"scaling": pa.Table.from_pylist(best), "scaling_fit": pa.Table.from_pylist(fits, schema=_FIT)}
 
     def _best(self, configurations: dict[str, list[Ended]]) -> dict[str, Any]:
-        runs = _chosen(configurations)
+        runs = chosen(configurations)
         mean, low, high = interval([r.test for r in runs], self.confidence)
-        exact = float(np.mean([r.exact_match for r in runs]))
+        exact = dict(zip(("exact_match", "exact_low", "exact_high"), interval([r.exact_match for r in runs], self.confidence), strict=True))
         count = {"seeds": len(runs), "configurations": len(configurations)}
-        return {"configuration": runs[0].configuration, **count, "loss": mean, "low": low, "high": high, "exact_match": exact}
+        return {"configuration": runs[0].configuration, **count, "loss": mean, "low": low, "high": high, **exact}
 
     def _fits(self, mine: dict[float, dict[str, list[Ended]]], floor: float | None, plateau: float | None) -> list[dict[str, Any]]:
         rng, flops = np.random.default_rng(0), list(mine)
 
         def curve(again: bool) -> list[float]:
-            return [float(np.mean([r.test for r in _chosen(_resampled(c, rng) if again else c)])) for c in mine.values()]
+            return [float(np.mean([r.test for r in chosen(resampled(c, rng) if again else c)])) for c in mine.values()]
 
-        found = self._facts(flops, curve(False), floor, plateau)
-        drawn = [self._facts(flops, curve(True), floor, plateau) for _ in range(self.draws)]
-        tails = (0.5 - self.confidence / 2, 0.5 + self.confidence / 2)
+        curves = [curve(False), *(curve(True) for _ in range(self.draws))]
+        found, *drawn = [self._facts(flops, losses, floor, plateau) for losses in curves]
         rows = []
         for name, value in found.items():
-            known = [x for d in drawn if (x := d[name]) is not None]
-            low, high = np.quantile(known, tails) if value is not None and len(known) == len(drawn) else (None, None)
+            low = high = None
+            if value is not None and name in self._shares:
+                level = self._level(name, floor, plateau)
+                low, high = bounds([bracket(flops, [-x for x in losses], -level) for losses in curves[1:]], self.confidence)
+            elif value is not None and all(d[name] is not None for d in drawn):
+                tails = (0.5 - self.confidence / 2, 0.5 + self.confidence / 2)
+                low, high = np.quantile([d[name] for d in drawn], tails)
             rows.append({"quantity": name, "value": value, "low": low, "high": high, "budgets": len(flops)})
         return rows
+
+    @property
+    def _shares(self) -> dict[str, float]:
+        """The part of the way from plateau to floor at each crossing."""
+        return {"leaves": self.share, "half": 0.5}
+
+    def _level(self, name: str, floor: float | None, plateau: float | None) -> float:
+        """The loss at a crossing; not a number where floor or plateau are unknown."""
+        return math.nan if floor is None or plateau is None else plateau - self._shares[name] * (plateau - floor)
 
     def _facts(self, flops: list[float], loss: list[float], floor: float | None, plateau: float | None) -> dict[str, float | None]:
         facts: dict[str, float | None] = dict.fromkeys(("leaves", "half", "slope", "break", "slope_before", "slope_after"))
         if floor is None or plateau is None:
             return facts
-        for name, share in (("leaves", self.share), ("half", 0.5)):
-            level = plateau - share * (plateau - floor)
-            facts[name] = crossing(flops, [-x for x in loss], -level)
+        for name in self._shares:
+            facts[name] = crossing(flops, [-x for x in loss], -self._level(name, floor, plateau))
         above = [x - floor for x in loss]
         left = facts["leaves"]
         beyond = [(c, x) for c, x in zip(flops, above, strict=True) if left is not None and c >= left]
@@ -141,7 +159,18 @@ _FIT = pa.schema(
 )
 
 
-def _ended(store: Store) -> tuple[list[Ended], dict[str, Task]]:
+def bounds(found: Sequence[Bracket], confidence: float) -> tuple[float | None, float | None]:
+    """The interval of a crossing that each bootstrap draw knows to its bracket only; null where it is not finite.
+
+    From the lower quantile of the lower ends to the upper quantile of the upper ones, both taken outwards.
+    """
+    lows, highs = zip(*found, strict=True)
+    low = float(np.quantile(lows, 0.5 - confidence / 2, method="lower"))
+    high = float(np.quantile(highs, 0.5 + confidence / 2, method="higher"))
+    return low if math.isfinite(low) else None, high if math.isfinite(high) else None
+
+
+def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
     """Finished runs with their last scores, and their tasks by name."""
     last = "arg_max(loss, step) as loss, arg_max(exact_match, step) as exact"
     query = f"select run, split, {last} from metrics where split <> 'train' group by all"
@@ -158,22 +187,22 @@ def _ended(store: Store) -> tuple[list[Ended], dict[str, Task]]:
         tasks[name] = task
         if {"validation", "test"} <= set(found):
             budget = line["spec"].get("flops") or line["length"] * line["flops_per_step"]
-            ended.append(Ended(name, budget, _configuration(line["spec"]), line["run"], found["validation"][0], *found["test"]))
+            scored = (found["validation"][0], *found["test"])
+            model = json.dumps(line["spec"]["model"], sort_keys=True)
+            ended.append(Ended(name, budget, _configuration(line["spec"]), line["run"], *scored, model))
     return ended, tasks
 
 
 def _configuration(spec: dict[str, Any]) -> str:
     """What is chosen at a budget: every field but seeds, lengths and what is recorded."""
-    rest = {
-        k: v for k, v in specs.flat(spec).items() if not k.startswith("record") and k not in ("seed", "data_seed", "init_seed", *lengths)
-    }
+    rest = {k: v for k, v in specs.flat(spec).items() if not k.startswith("record") and k not in (*SEEDS, *LENGTHS)}
     shown = ("model.d_model", "model.layers", "batch", "optim.lr")
     label = " ".join(f"{k.rpartition('.')[2]}={rest[k]:g}" for k in shown if isinstance(rest.get(k), (int, float)))
     other = json.dumps({k: v for k, v in rest.items() if k not in shown}, sort_keys=True)
     return f"{label} {stable_hash(other) % 16**4:04x}"
 
 
-def _by_budget(ended: list[Ended]) -> dict[float, dict[str, list[Ended]]]:
+def by_budget(ended: list[Ended]) -> dict[float, dict[str, list[Ended]]]:
     """Budget to configuration to its seeds, ascending."""
     found: dict[float, dict[str, list[Ended]]] = {}
     for run in sorted(ended, key=lambda e: (e.flops, e.configuration, e.run)):
@@ -181,11 +210,11 @@ def _by_budget(ended: list[Ended]) -> dict[float, dict[str, list[Ended]]]:
     return found
 
 
-def _chosen(configurations: dict[str, list[Ended]]) -> list[Ended]:
+def chosen(configurations: dict[str, list[Ended]]) -> list[Ended]:
     """The runs of the configuration with the lowest mean validation loss."""
     return min(configurations.values(), key=lambda runs: float(np.mean([r.validation for r in runs])))
 
 
-def _resampled(configurations: dict[str, list[Ended]], rng: np.random.Generator) -> dict[str, list[Ended]]:
+def resampled(configurations: dict[str, list[Ended]], rng: np.random.Generator) -> dict[str, list[Ended]]:
     """Every configuration with its seeds drawn again, with replacement."""
     return {name: [runs[i] for i in rng.integers(len(runs), size=len(runs))] for name, runs in configurations.items()}

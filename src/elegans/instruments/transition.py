@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -9,42 +10,41 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import stats
 
 from elegans import specs
 from elegans.errors import Invalid
 from elegans.instruments.base import StoreInstrument
+from elegans.instruments.crossings import Bracket, change_point, crossing, decades, interval, lead_of, loudness, spanning
 from elegans.specs import field, spec
 from elegans.store import Store
 from elegans.tasks import Task
 from elegans.training.run import SEEDS
 
+# columns that earlier versions of the probe did not write are null
+PROBES = """(from probe union all by name
+select null::integer as label, null::float as r2, null::float as mse, null::float as control, null::float as untrained where false)"""
 # in an order of its own, sums included: rows that arrive in another order must give the same bits, and ties the same site
-READABLE = """select run, feature, site, step, list_avg(list(coalesce(accuracy, r2)::double order by "index", label)) as score
-from probe where coalesce(accuracy, r2) is not null group by run, feature, site, step order by run, feature, step, site"""
+READABLE = f"""select run, feature, site, step, list_avg(list(coalesce(accuracy, r2)::double order by "index", label)) as score
+from {PROBES} where coalesce(accuracy, r2) is not null group by run, feature, site, step order by run, feature, step, site"""
+LOSSES = "select run, step, loss from metrics where split = 'validation' and loss is not null order by step"
+NEVER_FELL, NEVER_READ = "loss never fell", "never readable"
 
 
-def crossing(steps: Sequence[float], values: Sequence[float], level: float) -> float | None:
-    """The first step at which a rising curve passes a level for good, interpolated on a logarithmic axis of steps.
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """A curve that should rise from one level to another; `step` is where it is half-way for good, null where it never is."""
 
-    None where it starts above the level, or ends below it.
-    """
-    above = np.asarray(values) >= level
-    if above.all() or not above[-1]:
-        return None
-    last = int(np.nonzero(~above)[0][-1])  # the last point below
-    s0, s1 = (math.log(max(s, 0.5)) for s in (steps[last], steps[last + 1]))
-    share = (level - values[last]) / (values[last + 1] - values[last])
-    return math.exp(s0 + share * (s1 - s0))
+    steps: Sequence[int]
+    values: Sequence[float]
+    level: float | None  # half-way
+    step: float | None
+    missing: str = ""  # why there is no step
+    least: float = -math.inf  # what is lower counts as this: a loss above its plateau
 
-
-def interval(values: Sequence[float], confidence: float) -> tuple[float, float | None, float | None]:
-    """Mean and Student t interval over independent runs; no interval for fewer than three."""
-    mean = float(np.mean(values))
-    if len(values) < 3:
-        return mean, None, None
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
+    @property
+    def change(self) -> Bracket | None:
+        """The recorded steps between which it changes."""
+        return None if self.step is None else change_point(self.steps, [max(v, self.least) for v in self.values])
 
 
 @spec
@@ -60,7 +60,15 @@ class Transition(StoreInstrument):
     ones, so a lead is no finer than the spacing of evaluations and recorded weights.
 
     Per group of runs that differ by seed alone, table `lead`: mean, interval over seeds, and the verdict: leads,
-    lags, no lead (the whole interval within `same` of zero), undecided. Chance level 0; no ceiling.
+    lags, no lead (the whole interval within `same` of zero), undecided. Chance level 0; no ceiling. `change` is the mean lead of the
+    change points, and its interval `change_low`, `change_high` holds wherever between two recorded steps each of them was;
+    `loudness` is decided by it: quiet (all beyond `same`: readable before the loss moves), loud (none beyond: with the
+    loss, or after), undecided, which records coarser than `same` often are; null where `missing` says why: never readable,
+    loss never fell.
+
+    Per group and curve (`loss`, or a feature), table `change`: the change point, as `change_point` of instruments/crossings.py, in
+    steps and in FLOPs; t interval over seeds of its logarithm, widened by the recorded steps that it lies between. The loss
+    is cut at its plateau, since the fall to it is not the transition. And table `course`: the mean curves themselves, with t intervals.
     """
 
     confidence: float = field(0.95, "coverage of the intervals", gt=0, lt=1)
@@ -70,72 +78,111 @@ class Transition(StoreInstrument):
     def tables(self, store: Store) -> dict[str, pa.Table]:
         if not store.has("probe"):
             raise Invalid("store", str(store.path), "transition needs probes: run `elegans measure probe` first")
-        probes, curves = _nested(store.sql(READABLE)), self._losses(store)
-        rows = []
-        for (run, feature), by_site in probes.items():
-            learned = curves[run]["cross"]
-            seen = self._feature_step(by_site)
-            lead = math.log10(learned / seen) if learned and seen else None
-            rows.append(
-                {"run": run, "feature": feature, "level": curves[run]["level"], "loss_step": learned, "feature_step": seen, "lead": lead}
-            )
-        return {"transition": pa.Table.from_pylist(rows, schema=_TRANSITION), "lead": self._leads(store, rows)}
-
-    def _losses(self, store: Store) -> dict[str, dict[str, Any]]:
-        """For every run, the level half-way between plateau and floor and the step at which its loss passes it."""
-        table = store.sql("select run, step, loss from metrics where split = 'validation' and loss is not null order by step")
-        curves: dict[str, list[tuple[int, float]]] = {}
-        for row in table.to_pylist():
-            curves.setdefault(row["run"], []).append((row["step"], row["loss"]))
-        made = {}
-        for line in store.lines():
-            task = specs.from_dict(Task, line["spec"]["task"])
-            floor, plateau = task.floor(), task.plateau()
-            level = None if floor is None or plateau is None else (floor + plateau) / 2
-            steps, losses = zip(*curves.get(line["run"], [(0, math.inf)]), strict=True)
-            made[line["run"]] = {"level": level, "cross": None if level is None else crossing(steps, [-x for x in losses], -level)}
-        return made
-
-    def _feature_step(self, by_site: dict[str, list[tuple[int, float]]]) -> float | None:
-        curve = max(by_site.values(), key=lambda points: points[-1][1])
-        steps, score = zip(*curve, strict=True)
-        if score[-1] - score[0] < self.least:
-            return None
-        return crossing(steps, score, (score[0] + score[-1]) / 2)
-
-    def _leads(self, store: Store, rows: list[dict[str, Any]]) -> pa.Table:
-        groups = group_names(store)
-        found: dict[tuple[str, str], list[float | None]] = {}
-        for row in rows:
-            found.setdefault((groups[row["run"]], row["feature"]), []).append(row["lead"])
-        return pa.Table.from_pylist([self._lead(g, f, leads) for (g, f), leads in sorted(found.items())], schema=_LEAD)
-
-    def _lead(self, group: str, feature: str, leads: list[float | None]) -> dict[str, Any]:
-        known = [x for x in leads if x is not None]
-        mean, low, high = interval(known, self.confidence) if known else (None, None, None)
-        verdict = "undecided"
-        if low is not None and high is not None:
-            verdict = "leads" if low > 0 else "lags" if high < 0 else "no lead" if -self.same < low and high < self.same else "undecided"
+        losses = _losses(store)
+        features = {key: self._feature(by_site) for key, by_site in _nested(store.sql(READABLE)).items()}
+        rows = [_transition(run, feature, losses[run], seen) for (run, feature), seen in features.items()]
+        groups = _groups(store)
+        curves = _grouped(groups, {(run, "loss"): course for run, course in losses.items()} | features)
+        leads = _grouped(groups, {(run, feature): (losses[run], seen) for (run, feature), seen in features.items()})
         return {
-            "group": group,
-            "feature": feature,
-            "runs": len(known),
-            "of": len(leads),
-            "mean": mean,
-            "low": low,
-            "high": high,
-            "verdict": verdict,
+            "transition": pa.Table.from_pylist(rows, schema=_TRANSITION),
+            "lead": pa.Table.from_pylist([{"group": g.name, "feature": f} | self._lead(pairs) for (g, f), pairs in leads.items()], _LEAD),
+            "change": pa.Table.from_pylist([self._change(g, name, members) for (g, name), members in curves.items()], _CHANGE),
+            "course": pa.Table.from_pylist([r for (g, name), members in curves.items() for r in self._course(g, name, members)], _COURSE),
         }
+
+    def _feature(self, by_site: dict[str, list[tuple[int, float]]]) -> Course:
+        steps, score = zip(*max(by_site.values(), key=lambda points: points[-1][1]), strict=True)
+        if score[-1] - score[0] < self.least:
+            return Course(steps, score, None, None, NEVER_READ if score[0] < 1 - self.least else "readable untrained")
+        level = (score[0] + score[-1]) / 2
+        step = crossing(steps, score, level)
+        return Course(steps, score, level, step, "" if step else NEVER_READ)
+
+    def _lead(self, pairs: list[tuple[Course, Course]]) -> dict[str, Any]:
+        known = [
+            (math.log10(a.step / b.step), lead_of(a.change, b.change)) for a, b in pairs if a.change and b.change and a.step and b.step
+        ]
+        row: dict[str, Any] = {"runs": len(known), "of": len(pairs), "verdict": "undecided"}
+        if not known:
+            return row | {"missing": "; ".join(sorted({a.missing or b.missing for a, b in pairs}))}
+        leads, brackets = zip(*known, strict=True)
+        mean, low, high = interval(leads, self.confidence)
+        change, change_low, change_high = spanning(brackets, self.confidence)
+        if low is not None and high is not None:
+            within = -self.same < low and high < self.same
+            row["verdict"] = "leads" if low > 0 else "lags" if high < 0 else "no lead" if within else "undecided"
+        row |= {"mean": mean, "low": low, "high": high, "change": change, "change_low": change_low, "change_high": change_high}
+        return row | {"loudness": loudness(change_low, change_high, self.same)}
+
+    def _change(self, group: Group, name: str, members: list[Course]) -> dict[str, Any]:
+        known = [decades(c.change) for c in members if c.change]
+        row: dict[str, Any] = {"group": group.name, "task": group.task, "curve": name, "runs": len(known), "of": len(members)}
+        if not known:
+            return row | {"missing": "; ".join(sorted({c.missing for c in members}))}
+        for bound, value in zip(("", "_low", "_high"), spanning(known, self.confidence), strict=True):
+            step = None if value is None else 10**value
+            row |= {f"step{bound}": step, f"flops{bound}": None if step is None else step * group.flops_per_step}
+        return row
+
+    def _course(self, group: Group, name: str, members: list[Course]) -> list[dict[str, Any]]:
+        found: dict[int, list[float]] = {}
+        for course in members:
+            for step, value in zip(course.steps, course.values, strict=True):
+                found.setdefault(step, []).append(-value if name == "loss" else value)
+        head = {"group": group.name, "task": group.task, "curve": name}
+        bounds = {step: dict(zip(("mean", "low", "high"), interval(v, self.confidence), strict=True)) for step, v in found.items()}
+        return [head | {"step": s, "flops": s * group.flops_per_step, "runs": len(found[s])} | bounds[s] for s in sorted(found)]
 
 
 _TRANSITION = pa.schema(
-    [("run", pa.string()), ("feature", pa.string())] + [(n, pa.float64()) for n in ("level", "loss_step", "feature_step", "lead")]
+    [("run", pa.string()), ("feature", pa.string())]
+    + [(n, pa.float64()) for n in ("level", "loss_step", "feature_step", "lead", "loss_change", "feature_change")]
 )
 _LEAD = pa.schema(
     [("group", pa.string()), ("feature", pa.string()), ("runs", pa.int64()), ("of", pa.int64())]
     + [(n, pa.float64()) for n in ("mean", "low", "high")]
     + [("verdict", pa.string())]
+    + [(n, pa.float64()) for n in ("change", "change_low", "change_high")]
+    + [("loudness", pa.string()), ("missing", pa.string())]
 )
+_CHANGE = pa.schema(
+    [(n, pa.string()) for n in ("group", "task", "curve")]
+    + [("runs", pa.int64()), ("of", pa.int64())]
+    + [(n, pa.float64()) for n in ("step", "step_low", "step_high", "flops", "flops_low", "flops_high")]
+    + [("missing", pa.string())]
+)
+_COURSE = pa.schema(
+    [(n, pa.string()) for n in ("group", "task", "curve")]
+    + [("step", pa.int64()), ("flops", pa.float64()), ("runs", pa.int64())]
+    + [(n, pa.float64()) for n in ("mean", "low", "high")]
+)
+
+
+def _losses(store: Store) -> dict[str, Course]:
+    """Every run's validation loss, negated so that it rises."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in store.sql(LOSSES).to_pylist() if store.has("metrics") else []:
+        curves.setdefault(row["run"], []).append((row["step"], row["loss"]))
+    return {line["run"]: _loss(specs.from_dict(Task, line["spec"]["task"]), curves.get(line["run"], [])) for line in store.lines()}
+
+
+def _loss(task: Task, points: list[tuple[int, float]]) -> Course:
+    floor, plateau = task.floor(), task.plateau()
+    steps, losses = zip(*points, strict=True) if points else ((), ())
+    rising = [-x for x in losses]
+    if floor is None or plateau is None:
+        return Course(steps, rising, None, None, "floor or plateau unknown")
+    level = -(floor + plateau) / 2
+    step = crossing(steps, rising, level) if points else None
+    return Course(steps, rising, level, step, "" if step else NEVER_FELL, -plateau)
+
+
+def _transition(run: str, feature: str, loss: Course, seen: Course) -> dict[str, Any]:
+    lead = math.log10(loss.step / seen.step) if loss.step and seen.step else None
+    changes = {f"{name}_change": c.change and 10 ** np.mean(decades(c.change)) for name, c in (("loss", loss), ("feature", seen))}
+    level = None if loss.level is None else -loss.level
+    return {"run": run, "feature": feature, "level": level, "loss_step": loss.step, "feature_step": seen.step, "lead": lead} | changes
 
 
 def _nested(table: pa.Table) -> dict[tuple[str, str], dict[str, list[tuple[int, float]]]]:
@@ -144,6 +191,29 @@ def _nested(table: pa.Table) -> dict[tuple[str, str], dict[str, list[tuple[int, 
     for row in table.to_pylist():
         made.setdefault((row["run"], row["feature"]), {}).setdefault(row["site"], []).append((row["step"], row["score"]))
     return made
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Group:
+    """Runs that differ by seed alone."""
+
+    name: str
+    task: str
+    flops_per_step: float
+
+
+def _groups(store: Store) -> dict[str, Group]:
+    """Run id to its group."""
+    names = group_names(store)
+    return {line["run"]: Group(names[line["run"]], line["spec"]["task"]["kind"], line["flops_per_step"]) for line in store.lines()}
+
+
+def _grouped(groups: dict[str, Group], values: dict[tuple[str, str], Any]) -> dict[tuple[Group, str], list[Any]]:
+    """(group, name) to the values of its runs, sorted."""
+    found: dict[tuple[Group, str], list[Any]] = {}
+    for (run, name), value in values.items():
+        found.setdefault((groups[run], name), []).append(value)
+    return dict(sorted(found.items()))
 
 
 def group_names(store: Store) -> dict[str, str]:

@@ -278,10 +278,17 @@ class Transformer(Model):
         keys = jax.random.split(key, self.layers + 3)
         params: dict[str, Any] = {"embed": {"W_E": sizes.embedding(keys[0], vocab, self.d_model)}}
         params["pos_embed"] = self.position.init(keys[1], sizes) if self.position else {}
-        params["blocks"] = [self._init_block(k, sizes, mixer) for k, mixer in zip(keys[3:], self._mixers, strict=True)]
+        params["blocks"] = self._init_blocks(keys[3:], sizes)
         params["ln_final"] = self.norm.init(jax.random.fold_in(keys[2], 1), sizes) if self.norm else {}
         unembed = {} if self.tied else {"W_U": sizes.weight(keys[2], self.d_model, vocab, fan_in=self.d_model)}
         return params | {"unembed": unembed}
+
+    def _init_blocks(self, keys: jax.Array, sizes: Sizes) -> list[Params]:
+        if isinstance(self.attention, tuple):
+            return [self._init_block(k, sizes, mixer) for k, mixer in zip(keys, self.attention, strict=True)]
+        mixer = self.attention
+        together = jax.vmap(lambda k: self._init_block(k, sizes, mixer))(keys)  # a layer after the other compiles for `layers` times as long
+        return [jax.tree.map(lambda a, i=i: a[i], together) for i in range(self.layers)]
 
     def _init_block(self, key: jax.Array, sizes: Sizes, mixer: Mixer | None) -> Params:
         parts = {"ln1": self.norm, "attn": mixer, "ln2": self.norm, "mlp": self.mlp}

@@ -16,7 +16,9 @@ from plotly.offline import get_plotlyjs
 
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
-from elegans.figures.effects import Lead, Strip, fields_first, leads, strips
+from elegans.figures.effects import Lead, fields_first, leads
+from elegans.figures.scaling import Scaled
+from elegans.figures.within import within
 from elegans.files import write_text
 from elegans.report import panels, words
 from elegans.report.panels import Panel
@@ -56,11 +58,13 @@ class Section:
 def _render(store: Store, tables: Tables) -> str:
     runs = catalogue(store, tables)
     found = leads(tables.ask(queries.LEAD), tables.ask(_transitions(tables)), runs) if "lead" in tables.names else []
-    removed = strips(tables.ask(queries.ABLATION)) if "ablate" in tables.names else []
-    sections = _sections(tables, runs, found)
+    removed = within(tables.ask(queries.ablation()), runs) if "ablate" in tables.names else []
+    grid = panels.grid_of(tables) if "scaling" in tables.names else []
+    sections = _sections(tables, runs, found, grid)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("elegans", "report"), autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.get_template("page.html").render(
-        study=_study(store, runs, found, removed), sections=sections, numbers=words.key_numbers(runs) if runs.facts else [],
+        study=_study(store, runs, words.answer(found, removed, runs, grid), bool(found or removed)), sections=sections,
+        numbers=words.key_numbers(runs) if runs.facts else [],
         runs=runs_table(runs), diverged=diverged_table(runs), provenance=provenance(store), lacking=tables.lacking,
         citations=_citations(tables, sections), embed=_embed, templates=_json({"light": _template(False), "dark": _template(True)}),
         caption=style.caption, plotly=Markup(get_plotlyjs()),
@@ -72,31 +76,32 @@ def _transitions(tables: Tables) -> str:
     return queries.TRANSITION if "transition" in tables.names else "select '' as run, '' as feature, null as lead where false"
 
 
-def _sections(tables: Tables, runs: Catalogue, found: list[Lead]) -> list[Section]:
+def _sections(tables: Tables, runs: Catalogue, found: list[Lead], grid: list[Scaled]) -> list[Section]:
     """The sections that have rows."""
     names = tables.names
     by = next(iter(fields_first(runs, tables)), None)
     sections = [
         Section("Lead", panels.lead_panel(found)),
+        Section("Scaling", panels.scaling_panel(grid, tables) if grid else []),
         Section("Learning", panels.curve_panels(tables, runs) if "metrics" in names else []),
         Section("Positions", panels.position_panel(tables, runs, by) if "positions" in names else []),
         Section("Probes", [*panels.timeline_panel(tables, runs, by), *panels.probe_panels(tables, runs, by)] if "probe" in names else []),
-        Section("Ablation", panels.ablation_panel(tables) if "ablate" in names else []),
+        Section("Ablation", panels.ablation_panel(tables, runs) if "ablate" in names else []),
     ]
     return [section for section in sections if section.panels]
 
 
-def _study(store: Store, runs: Catalogue, found: list[Lead], removed: list[Strip]) -> dict[str, Any]:
+def _study(store: Store, runs: Catalogue, answer: list[str], judged: bool) -> dict[str, Any]:
     """Name, question and answer. A written answer stands above the computed one."""
     path = store.path / "study.json"
     study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    computed = words.answer(found, removed, runs) if runs.facts else ["The store is empty: no run is in it."]
+    computed = answer if runs.facts else ["The store is empty: no run is in it."]
     return {
         "name": study.get("name") or store.path.resolve().name,
         "question": study.get("question") or "",
         "written": study.get("answer") or "",
         "computed": computed,
-        "learned": words.learned_sentence(runs) if runs.facts and (found or removed) else "",
+        "learned": words.learned_sentence(runs) if runs.facts and judged else "",
     }
 
 

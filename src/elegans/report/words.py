@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from elegans.figures import style
 from elegans.figures.catalogue import LEARNED, Catalogue, Facts
-from elegans.figures.effects import Lead, Strip, draw_range, plural
+from elegans.figures.effects import Lead, plural
+from elegans.figures.scaling import Scaled
+from elegans.figures.within import Against, Effect
 
 MOST_GROUPS = 6  # named in a sentence
 VERDICTS = {
@@ -15,7 +18,8 @@ VERDICTS = {
     "no lead": "no lead",
     "undecided": "undecided: the interval leaves the order open",
 }
-KINDS = {"random": "removing random directions leaves", "matched": "random steps of equal length leave"}
+KINDS = {"random": "random directions", "matched": "random steps of equal length"}
+QUIETNESS = ("quiet", "loud", "undecided")
 MANY_GROUPS = {
     "leads": "{} comes before the loss",
     "lags": "{} comes after the loss",
@@ -24,11 +28,15 @@ MANY_GROUPS = {
 }
 
 
-def answer(found: Sequence[Lead], removed: Sequence[Strip], runs: Catalogue) -> list[str]:
-    """A sentence for every feature's lead and ablation, from their rows; where there are none they say so."""
+def answer(found: Sequence[Lead], removed: Sequence[Effect], runs: Catalogue, grid: Sequence[Scaled] = ()) -> list[str]:
+    """A sentence for every task's scaling and every feature's lead and ablation, from their rows; where there are none they say so."""
     features = dict.fromkeys(lead.feature for lead in found)
-    sentences = [_lead_sentence(feature, [lead for lead in found if lead.feature == feature]) for feature in features]
-    sentences += [_ablation_sentence(strip, removed) for strip in removed if strip.kind == "feature"]
+    sentences = [_scaling_sentence(task) for task in grid]
+    for feature in features:
+        groups = [lead for lead in found if lead.feature == feature]
+        sentences.append(_lead_sentence(feature, groups) + _loudness(groups))
+    several = {name: len({getattr(e, name) for e in removed}) > 1 for name in ("task", "method")}
+    sentences += [_ablation_sentence(effect, **several) for effect in removed]
     return sentences or ["No lead and no ablation was measured in this store.", learned_sentence(runs)]
 
 
@@ -42,6 +50,26 @@ def learned_sentence(runs: Catalogue) -> str:
 def the(feature: str) -> str:
     """A feature's name in a sentence."""
     return f"the {feature.replace('_', ' ')}"
+
+
+# ---- scaling
+
+
+def _scaling_sentence(task: Scaled) -> str:
+    """Where the best loss of a task falls."""
+    of, way, (_, low, high) = f"The best loss of {task.task.replace('_', ' ')}", "half-way from plateau to floor", task.half
+    first, last = float(task.flops.min()), float(task.flops.max())
+    if task.floor is None or task.plateau is None:
+        said = f"{of} cannot be placed between plateau and floor, which are not known."
+    elif low is not None and high is not None:
+        said = f"{of} passes {way} between {low:.2g} and {high:.2g} training FLOPs."
+    elif low is not None:
+        said = f"{of} passes {way} beyond {low:.2g} training FLOPs; some draws of its seeds do not pass within {last:.2g}."
+    elif task.values["loss"][0][-1] > (task.floor + task.plateau) / 2:
+        said = f"{of} is not {way} at {last:.2g} training FLOPs, the most that was run."
+    else:
+        said = f"{of} is past {way} at {first:.2g} training FLOPs, the least that was run."
+    return said.replace("e+", "e")
 
 
 # ---- lead
@@ -61,6 +89,17 @@ def _lead_sentence(feature: str, groups: list[Lead]) -> str:
             parts.append(f"{clause} in {len(chosen)} of {len(groups)} groups ({named}{more})")
     said = "; ".join(parts)
     return f"{said[0].upper()}{said[1:]}. Leads in decades of steps; {runs} of {plural(of, 'run')} reached both."
+
+
+def _loudness(groups: list[Lead]) -> str:
+    """Whether the feature is quiet or loud, where change points decided it or could not."""
+    counts = Counter(g.loudness for g in groups if g.loudness)
+    if not counts:
+        return ""
+    known = ", ".join(f"{name} in {counts[name]} of {plural(len(groups), 'group')}" for name in QUIETNESS if counts[name])
+    said = next(iter(counts)) if len(groups) == 1 else known
+    meaning = ": readable before the loss moves" if set(counts) == {"quiet"} else ""
+    return f" By change points, wherever between two recorded steps they were, it is {said}{meaning}."
 
 
 def _one_group(lead: Lead) -> str:
@@ -92,23 +131,24 @@ def _signed(value: float) -> str:
 # ---- ablation
 
 
-def _ablation_sentence(strip: Strip, among: Sequence[Strip]) -> str:
-    """What removing a feature's direction does, beside removing random ones."""
-    base = next((s for s in among if s.kind == "base"), None)
-    controls = [s for s in among if s.repeated and (s.feature, s.method) == (strip.feature, strip.method)]
-    start = "" if base is None else f" from {base.mean:.2f}"
-    bounds = "" if strip.low is None else f" [{strip.low:.2f}, {strip.high:.2f}]"
-    n = plural(len(strip.each), "run")
-    said = f"Removing the direction of {the(strip.feature)} takes exact match{start} to {strip.mean:.2f}{bounds} ({n})"
-    if not controls:
+def _ablation_sentence(effect: Effect, task: bool, method: bool) -> str:
+    """What removing a feature's direction does in the runs that learned, beside that same run's random directions."""
+    who = f"{the(effect.feature)}{f' of {the(effect.task)}' if task else ''}{f' ({effect.method})' if method else ''}"
+    if effect.base is None or effect.left is None:
+        return f"Whether the network uses {who} is not measured: none of the {plural(effect.of, 'ablated run')} learned."
+    bounds = "" if effect.low is None else f" [{effect.low:.2f}, {effect.high:.2f}]"
+    runs = f"In the {effect.runs} of {plural(effect.of, 'run')} that learned" if effect.of > 1 else "In one run, which learned"
+    said = f"{runs}, removing the direction of {who} takes exact match from {effect.base:.2f} to {effect.left:.2f}{bounds}"
+    compared = [_against(a, effect.runs) for a in effect.against if a.control in KINDS]
+    if not compared:
         return f"{said}; no random direction was removed for comparison."
-    ranges = [draw_range(control) for control in controls]
-    compared = "; ".join(
-        f"{KINDS.get(c.kind, c.kind)} {c.mean:.2f} (95 % of draws: {low:.2f} to {high:.2f})"
-        for c, (low, high) in zip(controls, ranges, strict=True)
-    )
-    use = "the network uses it" if strip.mean < min(low for low, _ in ranges) else "no more than chance directions do"
-    return f"{said}; {compared}: {use}."
+    return f"{said}; within a run that is {' and '.join(compared)}: {effect.verdict}."
+
+
+def _against(control: Against, runs: int) -> str:
+    bounds = "(no interval)" if control.low is None else f"[{_signed(control.low)}, {_signed(control.high or 0.0)}]"
+    often = f"in {control.beyond} of {plural(runs, 'run')} more than every draw" if runs > 1 else ""
+    return f"{_signed(control.mean)} {bounds} more than {KINDS[control.control]} take" + (f" ({often})" if often else "")
 
 
 # ---- key numbers

@@ -10,6 +10,10 @@ fresh data, AdamW with warm-up and cosine. Every configuration is a run of its o
 seeds of one architecture train in one cohort, so that the grid is 280 programs. Three seeds up to 1e13 FLOPs, one beyond.
 `scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss.
 
+Across compute: `elegans measure probe STORE at=final`, then `elegans measure across_compute STORE`. Within runs: a study whose runs
+record weights, as `small`, with `Probe()` and `Transition()`.
+`draw(store, folder)` draws the paper's figures from the store's rows: scaling, quiet and loud features, ablations.
+
 Cost: stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine.
 Expect, from the paper: the best loss leaves its plateau at 1e11 to 1e12 FLOPs for addition; 1e12 to 1e13 for breadth-first
 search, maximum subarray and activity selection; 1e13 to 1e14 for depth-first search; 1e15 to 1e16 for multiplication.
@@ -21,10 +25,13 @@ down, and taking the carry's direction out costs exact match that random directi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from elegans.figures import save_quiet_figures
 from elegans.instruments import Ablate, Probe, Scaling, Transition
 from elegans.models import Transformer
 from elegans.specs import grid, replace
+from elegans.store import Store
 from elegans.study import Study
 from elegans.tasks import (
     ActivitySelection,
@@ -51,6 +58,20 @@ RATES, BATCHES = (1e-1, 1e-2, 1e-3, 1e-4), (8, 64)
 DECADES = range(9, 16)
 SEEDS, SEEDED = 3, 1e13  # seeds of every configuration, up to this many FLOPs
 MOST_STEPS = 100_000
+PUBLISHED = {  # FLOPs between which the paper's best-of-grid loss leaves its plateau, where it says so
+    "addition": (1e11, 1e12),
+    **dict.fromkeys(("breadth_first_search", "maximum_subarray", "activity_selection"), (1e12, 1e13)),
+    "depth_first_search": (1e13, 1e14),
+    "multiplication": (1e15, 1e16),
+}
+QUIET = (  # the paper's verdicts
+    *(("addition", "first_operand"), ("addition", "carry"), ("multiplication", "first_operand")),
+    *(("multiplication", "carry_16"), ("breadth_first_search", "queue"), ("maximum_subarray", "previous_negative")),
+)
+LOUD = (
+    *(("breadth_first_search", "adjacency"), ("depth_first_search", "adjacency")),
+    *(("maximum_subarray", "max_ending_here"), ("activity_selection", "start_time")),
+)
 
 
 def decades(task: Task) -> range:
@@ -85,6 +106,11 @@ def whole() -> Study:
     """The grid."""
     runs = [run for task in TASKS for configuration in configurations(task) for run in seeds(configuration)]
     return Study(name="quiet_features", question=__doc__.splitlines()[0], runs=runs, instruments=(Scaling(),))
+
+
+def draw(store: str | Path, folder: str | Path) -> list[Path]:
+    """The paper's figures from what a store has: scaling 2 x 5, quiet features 2 x 3, loud ones 1 x 4, ablations with their table."""
+    return save_quiet_figures(Store(store), folder, [task.kind for task in TASKS], PUBLISHED, QUIET, LOUD)
 
 
 def __getattr__(name: str) -> Study:

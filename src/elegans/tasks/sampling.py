@@ -59,8 +59,9 @@ def train_batch(task: Task, key: jax.Array, rows: int, step: Any, progress: Any,
     return Example(kept.tokens, kept.scored & admitted[order][:, None], kept.truth)
 
 
-def draw_set(task: Task, part: str, key: jax.Array, rows: int, data: TaskData) -> Example:
-    """`rows` independent examples of one part of the split, each redrawn until it belongs to it."""
+def draw_set(task: Task, part: str | Int[Array, ""], key: jax.Array, rows: int, data: TaskData) -> Example:
+    """`rows` independent examples of one part of the split (its name, or its place in `PARTS`), each redrawn until it belongs to it."""
+    wanted = PARTS.index(part) if isinstance(part, str) else part
 
     def one(key: jax.Array) -> Example:
         def sample(tries: Int[Array, ""]) -> Example:
@@ -69,11 +70,13 @@ def draw_set(task: Task, part: str, key: jax.Array, rows: int, data: TaskData) -
         if task.split is None:
             return sample(jnp.int32(0))
 
-        def refused(carry: tuple[Array, Example]) -> Array:
-            return (task.part(carry[1], data.table) != PARTS.index(part)) & (carry[0] < TRIES)
+        def again(carry: tuple[Array, Array, Example]) -> tuple[Array, Array, Example]:
+            example = sample(carry[0])
+            return carry[0] + 1, task.part(example, data.table) == wanted, example
 
-        tries, example = jax.lax.while_loop(refused, lambda c: (c[0] + 1, sample(c[0] + 1)), (jnp.int32(0), sample(jnp.int32(0))))
-        return Example(example.tokens, example.scored & (tries < TRIES), example.truth)
+        none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(sample, jnp.int32(0)))
+        _, found, example = jax.lax.while_loop(lambda c: ~c[1] & (c[0] <= TRIES), again, (jnp.int32(0), jnp.bool_(False), none))
+        return Example(example.tokens, example.scored & found, example.truth)
 
     return jax.vmap(one)(jax.random.split(key, rows))
 

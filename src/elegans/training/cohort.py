@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
 from elegans.randomness import Purpose, key_for
+from elegans.tasks.base import PARTS
 from elegans.tasks.sampling import TaskData, compact, draw_set, prepare
 from elegans.training.device import cache_misses
 from elegans.training.run import Run
@@ -94,11 +95,12 @@ class HeldOut(NamedTuple):
 def draw_held_out(run: Run, task: TaskData) -> HeldOut:
     """The run's held-out examples: functions of its data seed alone."""
 
-    def one(part: str, purpose: Purpose) -> Example:
-        rows = draw_set(run.task, part, key_for(run.data_seed, purpose), run.record.examples, task)
-        return Example(compact(rows.tokens, run.task.vocab_size), rows.scored)
-
-    return HeldOut(one("validation", Purpose.VALIDATION), one("test", Purpose.TEST))
+    parts = {"validation": Purpose.VALIDATION, "test": Purpose.TEST}
+    keys = jnp.stack([key_for(run.data_seed, purpose) for purpose in parts.values()])
+    index = jnp.array([PARTS.index(part) for part in parts])
+    rows = jax.vmap(lambda part, key: draw_set(run.task, part, key, run.record.examples, task))(index, keys)
+    both = Example(compact(rows.tokens, run.task.vocab_size), rows.scored)
+    return HeldOut(*(jax.tree.map(lambda a, i=i: a[i], both) for i in range(len(parts))))
 
 
 class Evaluation(NamedTuple):

@@ -1,0 +1,99 @@
+"""Where a curve changes: half-way crossings, change points, what is known of them, and which of two came first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+Bracket = tuple[float, float]  # two neighbouring points of an axis between which something happened
+EARLIEST = 0.5  # where step 0 stands on a logarithmic axis
+
+
+def bracket(x: Sequence[float], values: Sequence[float], level: float) -> Bracket:
+    """The neighbouring points between which a rising curve passes a level for good.
+
+    (-inf, x[0]) where it is above from the start, (x[-1], inf) where it ends below.
+    """
+    above = np.asarray(values) >= level
+    if above.all():
+        return -math.inf, float(x[0])
+    last = int(np.nonzero(~above)[0][-1])  # the last point below
+    return float(x[last]), float(x[last + 1]) if last + 1 < len(x) else math.inf
+
+
+def crossing(x: Sequence[float], values: Sequence[float], level: float) -> float | None:
+    """The first x at which a rising curve passes a level for good, interpolated on a logarithmic axis.
+
+    None where it starts above the level, or ends below it.
+    """
+    above = np.asarray(values) >= level
+    if above.all() or not above[-1]:
+        return None
+    last = int(np.nonzero(~above)[0][-1])
+    s0, s1 = (math.log(max(s, EARLIEST)) for s in (x[last], x[last + 1]))
+    share = (level - values[last]) / (values[last + 1] - values[last])
+    return math.exp(s0 + share * (s1 - s0))
+
+
+def change_point(x: Sequence[float], values: Sequence[float]) -> Bracket | None:
+    """The neighbouring points between which a rising curve changes: those that the best two levels are split at.
+
+    Least squares of one level before and a higher one after (Hinkley 1970, Biometrika 57:1; Bai 1994, J. Time Ser. Anal. 15:453),
+    every point weighted by its share of the logarithmic axis, so that dense recording does not count twice. Unlike a
+    crossing it needs no level and is not moved by one spike. None where no split has the higher level after it.
+    """
+    if len(x) < 2:
+        return None
+    place = np.log(np.maximum(np.asarray(x, float), EARLIEST))
+    weight = np.diff(np.r_[place[0], (place[1:] + place[:-1]) / 2, place[-1]])
+    heavy, total = np.cumsum(weight)[:-1], np.cumsum(weight * np.asarray(values, float))
+    before, after = total[:-1] / heavy, (total[-1] - total[:-1]) / (weight.sum() - heavy)
+    explained = np.where(after > before, heavy * (weight.sum() - heavy) * (after - before) ** 2, 0)
+    split = int(np.argmax(explained))
+    return (float(x[split]), float(x[split + 1])) if explained[split] > 0 else None
+
+
+def interval(values: Sequence[float], confidence: float) -> tuple[float, float | None, float | None]:
+    """Mean and Student t interval over independent runs; no interval for fewer than three."""
+    mean = float(np.mean(values))
+    if len(values) < 3:
+        return mean, None, None
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+    return mean, mean - half, mean + half
+
+
+def spanning(brackets: Sequence[Bracket], confidence: float) -> tuple[float, float | None, float | None]:
+    """Mean of the middles, and an interval of the mean over runs that are known to their brackets only.
+
+    From the lower bound of the lower ends' t interval to the upper bound of the upper ends': wherever in its bracket each
+    run's value lies, the mean is above the first and below the second with the stated confidence. No interval below three.
+    """
+    lows, highs = zip(*brackets, strict=True)
+    mean = float(np.mean([(a + b) / 2 for a, b in brackets]))
+    return mean, interval(lows, confidence)[1], interval(highs, confidence)[2]
+
+
+def decades(found: Bracket) -> Bracket:
+    """A bracket of steps or FLOPs in decades (log10); step 0 stands at half a step, what is infinite stays so."""
+    low, high = found
+    return low if math.isinf(low) else math.log10(max(low, EARLIEST)), math.log10(max(high, EARLIEST))
+
+
+def lead_of(late: Bracket, early: Bracket) -> Bracket:
+    """The least and the greatest lead, in decades, of one transition over another, both known to their brackets."""
+    (late_low, late_high), (early_low, early_high) = decades(late), decades(early)
+    return late_low - early_high, late_high - early_low
+
+
+def loudness(low: float | None, high: float | None, same: float) -> str:
+    """What the interval of a feature's lead over the loss says, in decades.
+
+    quiet: the feature could be read before the loss moved (all of it beyond `same`); loud: not before (none of it is); else
+    undecided. A missing bound is an infinite one.
+    """
+    if low is not None and low > same:
+        return "quiet"
+    return "loud" if high is not None and high < same else "undecided"
