@@ -4,6 +4,7 @@ from elegans.tasks.activity import ActivitySelection
 from elegans.tasks.addition import Addition
 from elegans.tasks.base import Split, Task
 from elegans.tasks.graphs import GraphTask
+from elegans.tasks.iteration import BinaryCopy, IterativeTask, Polynomial
 from elegans.tasks.majority import InnerProduct, Majority, MajorityOfMajority
 from elegans.tasks.multiplication import Multiplication
 from elegans.tasks.ordering import TopologicalSort
@@ -18,10 +19,12 @@ from elegans.tasks.traversal import BreadthFirstSearch, DepthFirstSearch
 __all__ = [
     "ActivitySelection",
     "Addition",
+    "BinaryCopy",
     "BreadthFirstSearch",
     "DepthFirstSearch",
     "GraphTask",
     "InnerProduct",
+    "IterativeTask",
     "LongestCommonSubsequence",
     "Majority",
     "MajorityOfMajority",
@@ -29,6 +32,7 @@ __all__ = [
     "MinimumSpanningTree",
     "Multiplication",
     "Parity",
+    "Polynomial",
     "ShortestPath",
     "Sorting",
     "Split",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -31,14 +32,15 @@ def prepare(task: Task) -> TaskData:
 
 def candidates(task: Task, rows: int) -> int:
     """How many candidates give `rows` training rows with probability 1 - SHORTFALL."""
-    if task.split is None:
+    share = task.train_share
+    if share is None:
         return rows
     low = high = rows
-    while binom.cdf(rows - 1, high, task.split.train) > SHORTFALL:
+    while binom.cdf(rows - 1, high, share) > SHORTFALL:
         high *= 2
     while low < high:  # bisection: the shortfall falls as candidates are added
         middle = (low + high) // 2
-        enough = binom.cdf(rows - 1, middle, task.split.train) <= SHORTFALL
+        enough = binom.cdf(rows - 1, middle, share) <= SHORTFALL
         low, high = (low, middle) if enough else (middle + 1, high)
     return low
 
@@ -51,31 +53,31 @@ def train_batch(task: Task, key: jax.Array, rows: int, step: Any, progress: Any,
     """
     keys = jax.random.split(key, candidates(task, rows))
     drawn = task.batch(keys, step, progress, data.prepared)
-    if task.split is None:
+    if task.train_share is None:
         return drawn
     admitted = jax.vmap(lambda e: task.part(e, data.table))(drawn) == 0
     order = jnp.argsort(~admitted, stable=True)[:rows]
     kept = jax.tree.map(lambda a: a[order], drawn)
-    return Example(kept.tokens, kept.scored & admitted[order][:, None], kept.truth)
+    return dataclasses.replace(kept, scored=kept.scored & admitted[order][:, None])
 
 
 def draw_set(task: Task, part: str, key: jax.Array, rows: int, data: TaskData) -> Example:
     """`rows` independent examples of one part of the split, each redrawn until it belongs to it."""
 
-    def one(key: jax.Array) -> Example:
+    def one(key: jax.Array, row: Int[Array, ""]) -> Example:
         def sample(tries: Int[Array, ""]) -> Example:
-            return task.sample(jax.random.fold_in(key, tries), data.prepared)
+            return task.draw(key, row, tries, data.prepared)
 
-        if task.split is None:
+        if task.train_share is None:
             return sample(jnp.int32(0))
 
         def refused(carry: tuple[Array, Example]) -> Array:
             return (task.part(carry[1], data.table) != PARTS.index(part)) & (carry[0] < TRIES)
 
         tries, example = jax.lax.while_loop(refused, lambda c: (c[0] + 1, sample(c[0] + 1)), (jnp.int32(0), sample(jnp.int32(0))))
-        return Example(example.tokens, example.scored & (tries < TRIES), example.truth)
+        return dataclasses.replace(example, scored=example.scored & (tries < TRIES))
 
-    return jax.vmap(one)(jax.random.split(key, rows))
+    return jax.vmap(one)(jax.random.split(key, rows), jnp.arange(rows))
 
 
 def compact(tokens: Array, vocab: int) -> Array:

@@ -50,7 +50,7 @@ def token_losses(logits: Float[Array, "*b position vocab"], tokens: Int[Array, "
 
 
 def scores(logits: Float[Array, "batch position vocab"], example: Example) -> tuple[Float[Array, ""], Metrics]:
-    """Mean nats per scored token of a batch; accuracy per scored token; share of rows right at every scored token.
+    """Mean nats per scored token of a batch, by the tokens' weights if they have any; accuracy per scored token; share of rows right at every scored token.
 
     Rows without scored tokens count nowhere.
     """
@@ -62,7 +62,11 @@ def scores(logits: Float[Array, "batch position vocab"], example: Example) -> tu
         "accuracy": (right & counted).sum() / tokens,
         "exact_match": (right.all(1) & rows).sum() / jnp.maximum(rows.sum(), 1),
     }
-    return (nats * counted).sum() / tokens, metrics
+    if example.weights is None:
+        return (nats * counted).sum() / tokens, metrics
+    weights = counted * example.weights[:, 1:]
+    total = weights.sum()
+    return (nats * weights).sum() / jnp.where(total > 0, total, 1), metrics
 
 
 def logits_of(
