@@ -6,6 +6,7 @@ from elegans.tasks.base import Split, Task
 from elegans.tasks.graphs import GraphTask
 from elegans.tasks.iteration import BinaryCopy, IterativeTask, Polynomial
 from elegans.tasks.majority import InnerProduct, Majority, MajorityOfMajority
+from elegans.tasks.mixture import Curriculum, Mixture, Several
 from elegans.tasks.multiplication import Multiplication
 from elegans.tasks.ordering import TopologicalSort
 from elegans.tasks.parity import Parity
@@ -21,6 +22,7 @@ __all__ = [
     "Addition",
     "BinaryCopy",
     "BreadthFirstSearch",
+    "Curriculum",
     "DepthFirstSearch",
     "GraphTask",
     "InnerProduct",
@@ -30,9 +32,11 @@ __all__ = [
     "MajorityOfMajority",
     "MaximumSubarray",
     "MinimumSpanningTree",
+    "Mixture",
     "Multiplication",
     "Parity",
     "Polynomial",
+    "Several",
     "ShortestPath",
     "Sorting",
     "Split",
