@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from elegans import (
     identity,
     train,
 )
+from elegans.loading import load_study
 from elegans.specs import from_dict, leaves, to_dict
 from elegans.tasks.base import PARTS
 from elegans.tasks.sampling import draw_set, prepare, train_batch
@@ -88,6 +90,7 @@ def test_truth_of_one_kind_is_one_feature_as_long_as_the_longest() -> None:
     assert truth["state"].values.shape == (6,) and (truth["step"].classes, truth["task"].classes) == (6, 2)
 
 
+@pytest.mark.slow
 def test_tasks_of_other_families_mix() -> None:
     task = Mixture(tasks=(Addition(length=3), ShortestPath(vertices=3, split=None)), tag=True)
     rows = jax.jit(lambda key: train_batch(task, key, 32, 0, 0.0, prepare(task)))(jax.random.key(0))
@@ -119,7 +122,7 @@ def test_a_loss_is_unknown_where_a_row_may_not_tell_its_task() -> None:
 # ---- curricula
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_stages_begin_where_the_one_before_ends(keep) -> None:
     lengths = (2, 4, 6)
     task = Curriculum(tasks=tuple(Parity(length=n, split=None) for n in lengths), ends=(0.25, 0.5), keep=keep)
@@ -154,13 +157,16 @@ def contents(task: Mixture, rows: Example) -> set[tuple[str, ...]]:
     return {tuple(t[: t.index(EOI)]) for t in texts}
 
 
+OVERLAPPING = (Parity(length=5, shortest=1, split=Split(0.5, 0.25)), Parity(length=7, shortest=3, cot=False, split=Split(0.5, 0.25)))
+
+
 @pytest.mark.parametrize(
     "task",
     [
-        Mixture(tasks=(BinaryCopy(length=7, split=Split(0.6, 0.2)), Polynomial(length=3, split=Split(0.5, 0.25, key=3)))),
-        Curriculum(tasks=(Parity(length=5, shortest=1), Parity(length=8, shortest=3, cot=False)), keep=True, split=Split(0.5, 0.25)),
+        Mixture(tasks=(BinaryCopy(length=6, split=Split(0.6, 0.2, key=3)), *OVERLAPPING), weights=(1.0, 1.0, 2.0)),
+        pytest.param(Curriculum(tasks=OVERLAPPING, keep=True), marks=pytest.mark.slow),
     ],
-    ids=["other keys", "lengths in common"],
+    ids=["mixture", "curriculum"],
 )
 def test_no_content_is_in_two_parts(task) -> None:
     data = prepare(task)
@@ -176,6 +182,7 @@ def test_no_content_is_in_two_parts(task) -> None:
     assert len({len(c) for c in found["train"]}) > 1
 
 
+@pytest.mark.slow
 def test_weights_hold_in_held_out_sets_however_much_the_parts_differ() -> None:
     task = Mixture(tasks=(BinaryCopy(length=10, split=Split(0.2, 0.1)), Parity(length=10, split=Split(0.6, 0.2))))
     data = prepare(task)
@@ -243,22 +250,18 @@ def test_a_cohort_of_other_weights_trains_and_its_weights_matter(tmp_path) -> No
     assert store.sql('select distinct "task.weights" w from runs order by w')["w"].to_pylist() == ["[0.0, 1.0]", "[0.9, 0.1]"]
 
 
-YAML = """
-run:
-  task: {kind: curriculum, tasks: [{kind: polynomial, length: 4, modulus: 7}, {kind: parity, length: 6, split: null}], ends: [0.5]}
-  record: {examples: 8}
-  model: {kind: transformer, layers: 1, d_model: 8, heads: 1}
-  batch: 8
-  steps: 10
-sweep:
-  task.ends: [[0.2], [0.8]]
-"""
+EXAMPLE = Path(__file__).parents[2] / "examples" / "transfer.yaml"
 
 
-def test_a_curriculum_in_yaml_trains_and_is_shown(tmp_path) -> None:
-    (tmp_path / "transfer.yaml").write_text(YAML)
-    done = elegans("run", tmp_path / "transfer.yaml", "--store", tmp_path / "store", "--json")
-    assert done.status == 0, done.err
-    assert json.loads(done.out)[0]["finished"] == 2
+def test_a_curriculum_in_yaml_is_read_and_a_mixture_shown() -> None:
+    runs = load_study(str(EXAMPLE)).runs
+    assert {run.task.ends for run in runs} == {(0.0,), (0.2,), (0.5,)} and runs[0].task.tasks[0] == Polynomial(length=6, shortest=1)
     shown = json.loads(elegans("show", "mixture", "weights=0.2,0.8", "--json").out)
     assert shown["vocab"] == ["0", "1", "C", ":", "$", "P"] and shown["floor"] == 0
+
+
+@pytest.mark.slow
+def test_a_curriculum_in_yaml_trains(tmp_path) -> None:
+    done = elegans("run", EXAMPLE, "steps=10", "--store", tmp_path / "store", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)[0]["finished"] == 6

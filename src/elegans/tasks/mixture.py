@@ -20,7 +20,7 @@ from elegans.tasks.iteration import BinaryCopy, Polynomial
 from elegans.tasks.parity import Parity
 from elegans.types import Example, Truth
 
-Chances = Sequence[Any]  # one for each task, up to a factor; floats, traced or not
+Chances = Sequence[Any]  # one for each task, up to a factor; floats, traced or not; None: never drawn
 
 
 @spec
@@ -112,15 +112,17 @@ class Several(Task):
     def _drawn(self, key: jax.Array, chances: Chances, draw: Callable[[Task, jax.Array, Any], Example], data: Any) -> Example:
         """The row of one task; those of the others are computed and dropped, since on the device a choice costs both sides."""
         of_task, of_row = jax.random.split(key)
-        which = _choice(of_task, chances)
-        made = [self._translated(i, draw(task, of_row, d)) for i, (task, d) in enumerate(zip(self.parts, data, strict=True))]
+        drawn = [i for i, chance in enumerate(chances) if chance is not None]
+        which = _choice(of_task, [chances[i] for i in drawn])
+        made = [self._translated(i, draw(self.parts[i], of_row, data[i])) for i in drawn]
         weighted = any(row.weights is not None for row in made)
         made = [dataclasses.replace(r, weights=jnp.ones(self.positions) if weighted and r.weights is None else r.weights) for r in made]
         plain = [dataclasses.replace(row, truth={}) for row in made]
         chosen: Example = jax.tree.map(lambda *values: jnp.stack(values)[which], *plain)
         answer = jnp.argmax(chosen.scored)[None] - 1
-        truth = {name: _joined(truths, which) for name, truths in self._truths(made).items()}
-        return dataclasses.replace(chosen, truth=truth | {"task": Truth(which[None], answer, "categorical", len(made))})
+        truth = {name: _joined(truths, which) for name, truths in _truths(made, [self.names[i] for i in drawn]).items()}
+        truth["task"] = Truth(jnp.asarray(drawn)[which][None], answer, "categorical", len(self.tasks))
+        return dataclasses.replace(chosen, truth=truth)
 
     def _translated(self, i: int, row: Example) -> Example:
         """The row of task i in the symbols of the union, with its tag, as long as the longest."""
@@ -140,18 +142,6 @@ class Several(Task):
         weights = None if row.weights is None else jnp.pad(row.weights, (int(self.tag), fill), constant_values=1)
         return Example(tokens, jnp.pad(row.scored, (int(self.tag), fill)), truth, weights)
 
-    def _truths(self, rows: list[Example]) -> dict[str, list[Truth | None]]:
-        """By name, the truth of every task that has it."""
-        found: dict[str, list[Truth | None]] = {}
-        for name in dict.fromkeys(itertools.chain(*(row.truth for row in rows))):
-            truths = [row.truth.get(name) for row in rows]
-            if len({(t.kind, t.values.shape[1:]) for t in truths if t is not None}) == 1:
-                found[name] = truths
-            else:
-                own = {f"{self.names[i]}.{name}": i for i, t in enumerate(truths) if t is not None}
-                found |= {named: [t if j == i else None for j, t in enumerate(truths)] for named, i in own.items()}
-        return found
-
     # ---- splits
 
     def split_table(self) -> Any:
@@ -170,7 +160,8 @@ class Several(Task):
     # ---- losses and lengths, of plain numbers
 
     def _mean(self, values: Sequence[float], chances: Chances) -> float:
-        return sum(v * c for v, c in zip(values, chances, strict=True)) / sum(chances)
+        weights = [c or 0.0 for c in chances]
+        return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
     def scored_tokens(self) -> float:
         """Of held-out rows."""
@@ -185,7 +176,7 @@ class Several(Task):
         return self._over_tokens(lambda task: task.plateau())
 
     def _over_tokens(self, nats: Callable[[Task], float | None]) -> float | None:
-        drawn = [(task, chance) for task, chance in zip(self.tasks, self.held_out(), strict=True) if chance > 0]
+        drawn = [(task, chance) for task, chance in zip(self.tasks, self.held_out(), strict=True) if chance]
         openings = {task.opening for task, _ in drawn}
         told = self.tag or len(drawn) == 1 or (len(openings) == len(drawn) and None not in openings)
         found = [nats(task) for task, _ in drawn]
@@ -201,6 +192,19 @@ def _choice(key: jax.Array, chances: Chances) -> Int[Array, ""]:
     sums = list(itertools.accumulate(chances))
     below = jnp.stack([jnp.asarray(s, jnp.float32) for s in sums])
     return (jax.random.uniform(key) >= below[:-1] / below[-1]).sum().astype(jnp.int32)
+
+
+def _truths(rows: list[Example], names: list[str]) -> dict[str, list[Truth | None]]:
+    """By name, the truth of every task that has it."""
+    found: dict[str, list[Truth | None]] = {}
+    for name in dict.fromkeys(itertools.chain(*(row.truth for row in rows))):
+        truths = [row.truth.get(name) for row in rows]
+        if len({(t.kind, t.values.shape[1:]) for t in truths if t is not None}) == 1:
+            found[name] = truths
+        else:
+            own = {f"{names[i]}.{name}": i for i, t in enumerate(truths) if t is not None}
+            found |= {named: [t if j == i else None for j, t in enumerate(truths)] for named, i in own.items()}
+    return found
 
 
 def _joined(truths: list[Truth | None], which: Int[Array, ""]) -> Truth:
@@ -275,7 +279,7 @@ class Curriculum(Several):
         return [jnp.where((stage >= i) if self.keep else (stage == i), 1.0, 0.0) for i in range(len(self.tasks))]
 
     def held_out(self) -> Chances:
-        return [0.0] * (len(self.tasks) - 1) + [1.0]
+        return [None] * (len(self.tasks) - 1) + [1.0]
 
     def mean_positions(self) -> float:
         """Over the run."""
