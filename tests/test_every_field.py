@@ -30,13 +30,16 @@ from elegans import (
     ALiBi,
     At,
     Attention,
+    BinaryCopy,
     BreadthFirstSearch,
     Constant,
     Cosine,
+    Curriculum,
     DepthFirstSearch,
     Every,
     FixedAttention,
     InnerProduct,
+    IterativeTask,
     LayerNorm,
     Learned,
     Linear,
@@ -46,8 +49,10 @@ from elegans import (
     MajorityOfMajority,
     MaximumSubarray,
     MinimumSpanningTree,
+    Mixture,
     Multiplication,
     Parity,
+    Polynomial,
     Record,
     RMSNorm,
     Rotary,
@@ -121,14 +126,28 @@ def on(path: str, value: Spec) -> Run:
     return replace(BASE, path, value)
 
 
+def iterative(task: IterativeTask) -> dict[str, list[Pair]]:
+    fields = {
+        "length": [task.length + 2],
+        "shortest": [3, None],
+        "cot": [False],
+        "compat": ["paper"],
+        "split": [None],
+        "lengths": ["balanced"],
+    }
+    weighted = at("task", {"final_weight": [2.0, None]}, on("task", dataclasses.replace(task, final_weight=3.0)))
+    return at("task", fields, on("task", task)) | weighted
+
+
 SIZED = (ActivitySelection, InnerProduct, LongestCommonSubsequence, Majority, MajorityOfMajority, MaximumSubarray, Sorting)
+SHORT = (BinaryCopy(length=4, split=Split(0.5, 0.25)), Parity(length=5, split=Split(0.5, 0.25)))
+ANY_MIX = {"tag": [True], "split": [Split(0.6, 0.2)]}
 CASES: dict[type[Spec], dict[str, list[Pair]]] = {
     Addition: at("task", {"length": [4], "cot": [True], "inputs": ["msb"], "outputs": ["msb"], "split": [None, Split(0.8, 0.1)]}),
-    Parity: at(
-        "task",
-        {"length": [7], "shortest": [3, None], "cot": [False], "compat": ["paper"], "split": [None]},
-        on("task", Parity(length=5, shortest=2)),
-    ),
+    **{kind: iterative(kind(length=5, shortest=2)) for kind in (Parity, BinaryCopy)},
+    Polynomial: iterative(Polynomial(length=3, shortest=1)) | at("task", {"modulus": [7], "start": ["zero"]}, on("task", Polynomial())),
+    Mixture: at("task", {"tasks": [SHORT[::-1]], "weights": [(0.2, 0.5)], **ANY_MIX}, on("task", Mixture(tasks=SHORT))),
+    Curriculum: at("task", {"tasks": [SHORT[::-1]], "ends": [(0.2,)], "keep": [True], **ANY_MIX}, on("task", Curriculum(tasks=SHORT))),
     Multiplication: at(
         "task",
         {"length": [4], "inputs": ["msb"], "outputs": ["msb"], "split": [None, Split(0.8, 0.1)]},
@@ -187,6 +206,7 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
         "epochs": [(based(steps=None, train_set=12, epochs=2), based(steps=None, train_set=12, epochs=2.5))],
         "flops": [(based(steps=None, flops=1e6), based(steps=None, flops=2e6))],
         "count": [(based(steps=None, flops=1e6), based(steps=None, flops=1e6, count="matmul"))],
+        "order": [(based(train_set=12), based(train_set=12, order=order)) for order in ("listed", "short_to_long")],
         "train_set": [(BASE, based(train_set=12)), (based(train_set=12), based(train_set=13))],
         "seed": [(BASE, based(seed=1)), (based(data_seed=0, init_seed=0), based(seed=1, data_seed=0, init_seed=0))],
         "data_seed": [(BASE, based(data_seed=1))],
@@ -254,9 +274,9 @@ def text_of(function: Any, *args: Any) -> str:
 
 
 @functools.cache
-def data_program(task: Any, batch: int, train_set: int | None, examples: int) -> str:
+def data_program(task: Any, batch: int, train_set: int | None, order: Any, examples: int) -> str:
     """What is drawn: training batches and held-out sets."""
-    run = based(task=task, batch=batch, train_set=train_set, record=Record(examples=examples))
+    run = based(task=task, batch=batch, train_set=train_set, order=order, record=Record(examples=examples))
     data = prepare(task)
 
     def draws(run: Run, data: Any) -> Any:
@@ -339,8 +359,8 @@ def does(run: Run) -> tuple:
     """All of it."""
     run = resolve(run)
     seen = yielded(run) if run.length == BASE.length else ()
-    net = net_program(dataclasses.replace(run, record=BASE.record, train_set=None, count="kaplan"))
-    return data_program(run.task, run.batch, run.train_set, run.record.examples), net, seen
+    net = net_program(dataclasses.replace(run, record=BASE.record, train_set=None, order=None, count="kaplan"))
+    return data_program(run.task, run.batch, run.train_set, run.order, run.record.examples), net, seen
 
 
 @once_for_each_structure

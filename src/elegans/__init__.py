@@ -14,8 +14,9 @@ _HOME = {
     "specs": "Spec field fields grid identity note replace spec structure varies",
     "store": "Store",
     "study": "Study run_study train",
-    "tasks": "ActivitySelection Addition BreadthFirstSearch DepthFirstSearch GraphTask InnerProduct LongestCommonSubsequence Majority "
-    "MajorityOfMajority MaximumSubarray MinimumSpanningTree Multiplication Parity ShortestPath Sorting Split Task "
+    "tasks": "ActivitySelection Addition BinaryCopy BreadthFirstSearch Curriculum DepthFirstSearch GraphTask InnerProduct IterativeTask "
+    "LongestCommonSubsequence Majority MajorityOfMajority MaximumSubarray MinimumSpanningTree Mixture Multiplication Parity Polynomial "
+    "Several ShortestPath Sorting Split Task "
     "TopologicalSort",
     "training": "AdamW At Constant Cosine Every Linear LogSpaced Optimizer Record Run Schedule State Update WSD When",
     "types": "Example Trace Truth",

@@ -38,13 +38,15 @@ def task_rows() -> pa.Table:
     rows = []
     for kind in kinds(Task):
         cls = find_kind(Task, kind)
-        fields = ", ".join(f"{i.name}={_default(i)}" for i in cls.infos.values())
+        fields = ", ".join(f"{i.name}={_default(i.default)}" for i in cls.infos.values())
         rows.append({"name": kind, "what": (inspect.getdoc(cls) or "").split("\n")[0], "fields": fields})
     return pa.Table.from_pylist(rows)
 
 
-def _default(info: specs.FieldInfo) -> str:
-    return info.default.kind if isinstance(info.default, specs.Spec) else "none" if info.default is None else str(info.default).lower()
+def _default(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_default, value))}]"
+    return value.kind if isinstance(value, specs.Spec) else "none" if value is None else str(value).lower()
 
 
 def make_task(kind: str, overrides: Mapping[str, Sequence[Any]]) -> Task:

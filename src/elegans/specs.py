@@ -123,7 +123,7 @@ def _info(cls: type) -> dict[str, FieldInfo]:
         asked = f.metadata.get("role", "auto")
         info = FieldInfo(f.name, kept, len(kept) < len(options), asked, f.metadata.get("bounds", {}), f.metadata.get("doc", ""), f.default)
         if asked == "auto":
-            role = "leaf" if float in kept else "spec" if info.base else "structure"
+            role = "leaf" if any(t in (float, tuple[float, ...]) for t in kept) else "spec" if info.base else "structure"
             info = dataclasses.replace(info, role=role)
         infos[f.name] = info
     return infos
@@ -194,7 +194,8 @@ def _coerce(info: FieldInfo, value: Any) -> Any:
         return None
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.shape):  # a sweep over numpy's numbers
         value = value.item()
-    if _is_array(value) or type(value) is object:  # inside a transformation: nothing to check
+    inside = value if isinstance(value, tuple) else (value,)
+    if any(_is_array(v) or type(v) is object for v in inside):  # inside a transformation: nothing to check
         return value
     for t in info.types:
         accepted = _accept(t, value)

@@ -40,12 +40,14 @@ class Example:
     """One row of a language: its tokens, which of them count, and the truth behind them.
 
     `scored[i]` says that predicting token i from the tokens before it counts towards loss and
-    accuracy; token 0 has nothing before it and never counts.
+    accuracy; token 0 has nothing before it and never counts. `weights` are those of tokens in the training
+    loss; none: all alike. Accuracies and held-out losses are never weighted.
     """
 
     tokens: Int[Array, " position"]
     scored: Bool[Array, " position"]
     truth: dict[str, Truth] = dataclasses.field(default_factory=dict)
+    weights: Float[Array, " position"] | None = None
 
 
 @jax.tree_util.register_dataclass

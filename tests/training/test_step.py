@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elegans import WSD, AdamW, Addition, At, Every, LogSpaced, Parity, Run, Transformer, Update, spec, varies
+from elegans import WSD, AdamW, Addition, At, Every, Invalid, LogSpaced, Parity, Run, Transformer, Update, spec, varies
 from elegans.randomness import shuffled_index
 from elegans.tasks.sampling import prepare
 from elegans.training.cohort import evaluate, resolve
@@ -62,6 +62,18 @@ def test_scores_are_what_is_counted_by_hand(seed) -> None:
     assert 0 < expected["exact_match"] < 1
     for name, value in {"loss": loss, **metrics}.items():
         assert math.isclose(value, expected[name], rel_tol=1e-5), name
+
+
+def test_weights_of_tokens_are_those_of_a_mean_and_leave_accuracies_alone() -> None:
+    logits, tokens, scored = random_scores(3)
+    scored[:, 0] = False
+    weights = np.random.default_rng(0).integers(0, 3, scored.shape).astype(np.float32)
+    alone = [by_hand(logits, tokens, np.arange(scored.size).reshape(scored.shape) == i)["loss"] for i in np.flatnonzero(scored)]
+    for given in (weights, np.full_like(weights, 0.3)):  # all weights alike are no weights
+        made, metrics = scores(jnp.asarray(logits, jnp.float32), Example(jnp.asarray(tokens), jnp.asarray(scored), {}, jnp.asarray(given)))
+        assert math.isclose(made, np.average(alone, weights=given[scored]), rel_tol=1e-5)
+        plain = by_hand(logits, tokens, scored)
+        assert all(math.isclose(value, plain[name], rel_tol=1e-5) for name, value in metrics.items())
 
 
 @pytest.mark.parametrize("batch", [4, 5, 64])
@@ -205,6 +217,26 @@ def test_every_epoch_visits_each_row_of_a_finite_set_once(size, batch) -> None:
     assert (np.sort(epochs, 1) == np.arange(size)).all()
     if size > 3:
         assert len({tuple(e) for e in epochs.tolist()}) > 4  # shuffled anew for every pass
+
+
+@pytest.mark.parametrize("order", ["listed", "short_to_long"])
+def test_a_set_in_order_is_passed_through_in_that_order_again_and_again(order) -> None:
+    task = Parity(length=6, shortest=2, lengths="balanced", final_weight=2.0, split=None)
+    run = as_arrays(Run(task, MODEL, batch=4, epochs=2, train_set=20, order=order))
+    data = jax.jit(draw_data)(run, prepare(task))
+    batches = jax.jit(jax.vmap(lambda step: draw_batch(run, step, data)))(jnp.arange(10))
+    stream, scored, weights = (np.concatenate(a) for a in (batches.tokens, batches.scored, batches.weights))
+    lengths = [tokens.index(3) - 1 for tokens in stream.tolist()]
+    assert np.array_equal(stream[:20], stream[20:])
+    assert lengths[:20] == ([2, 3, 4, 5, 6] * 4 if order == "listed" else np.repeat([2, 3, 4, 5, 6], 4).tolist())
+    for n, counted, weight in zip(lengths, scored, weights, strict=True):
+        assert np.flatnonzero(counted).tolist() == list(range(n + 2, 2 * n + 3))
+        assert np.flatnonzero(weight != 1).tolist() == [2 * n + 1]
+
+
+def test_an_order_without_a_finite_set_is_refused() -> None:
+    with pytest.raises(Invalid, match=r"^order: 'listed' is not allowed; needs a finite training set"):
+        Run(Parity(), MODEL, steps=3, order="listed")
 
 
 def test_a_finite_set_keeps_its_scores_and_belongs_to_the_data_seed() -> None:

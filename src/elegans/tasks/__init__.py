@@ -4,7 +4,9 @@ from elegans.tasks.activity import ActivitySelection
 from elegans.tasks.addition import Addition
 from elegans.tasks.base import Split, Task
 from elegans.tasks.graphs import GraphTask
+from elegans.tasks.iteration import BinaryCopy, IterativeTask, Polynomial
 from elegans.tasks.majority import InnerProduct, Majority, MajorityOfMajority
+from elegans.tasks.mixture import Curriculum, Mixture, Several
 from elegans.tasks.multiplication import Multiplication
 from elegans.tasks.ordering import TopologicalSort
 from elegans.tasks.parity import Parity
@@ -18,17 +20,23 @@ from elegans.tasks.traversal import BreadthFirstSearch, DepthFirstSearch
 __all__ = [
     "ActivitySelection",
     "Addition",
+    "BinaryCopy",
     "BreadthFirstSearch",
+    "Curriculum",
     "DepthFirstSearch",
     "GraphTask",
     "InnerProduct",
+    "IterativeTask",
     "LongestCommonSubsequence",
     "Majority",
     "MajorityOfMajority",
     "MaximumSubarray",
     "MinimumSpanningTree",
+    "Mixture",
     "Multiplication",
     "Parity",
+    "Polynomial",
+    "Several",
     "ShortestPath",
     "Sorting",
     "Split",

@@ -17,6 +17,7 @@ from elegans.tasks import counting
 from elegans.types import Example
 
 SMALL_SPACE = 2**16  # spaces with fewer contents are ranked and cut exactly
+PATIENCE = 64  # redraws after which a held-out example may differ in what a set keeps fixed (its length, its task)
 PARTS = ("train", "validation", "test")
 
 
@@ -61,6 +62,7 @@ class Task(Spec):
     """
 
     abstract: ClassVar[bool] = True
+    scheduled: ClassVar[bool] = False  # whether batches change over the run, so that no finite set could stand for them
     split: Split | None = field(None, "how contents are divided; none: memorisation tasks")
 
     @property
@@ -89,6 +91,11 @@ class Task(Spec):
         del step, progress
         return jax.vmap(lambda key: self.sample(key, data))(keys)
 
+    def draw(self, key: jax.Array, row: Int[Array, ""], tries: Int[Array, ""], data: Any) -> Example:
+        """Row `row` of a held-out or finite set, after the split has refused `tries` of them. Override it for sets that keep a balance."""
+        del row
+        return self.sample(jax.random.fold_in(key, tries), data)
+
     def content(self, example: Example) -> Int[Array, " words"]:
         """What makes two examples the same one for the split: int words; one word below `contents` if that is small."""
         raise NotImplementedError(f"{type(self).__name__} has a split but defines no content()")
@@ -96,6 +103,11 @@ class Task(Spec):
     @property
     def contents(self) -> int | None:
         """How many contents there are, or None where that is 2**16 or more."""
+        return None
+
+    @property
+    def opening(self) -> str | None:
+        """The symbol that begins every row, or None where rows begin otherwise."""
         return None
 
     def floor(self) -> float | None:
@@ -125,7 +137,17 @@ class Task(Spec):
 
     # ---- splits, for the engine
 
-    def split_table(self) -> np.ndarray | tuple:
+    @property
+    def train_share(self) -> float | None:
+        """The least share of drawn rows that are for training; None: there is no split, and all are."""
+        return None if self.split is None else self.split.train
+
+    def judge(self, tasks: tuple[Task, ...]) -> Task:
+        """The task that decides the parts of this one's rows where they are mixed with those of `tasks`."""
+        del tasks
+        return self
+
+    def split_table(self) -> Any:
         """The part of each content, where the space is small enough to be cut exactly."""
         if self.split is None or self.contents is None:
             return ()

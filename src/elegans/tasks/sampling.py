@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -31,14 +32,15 @@ def prepare(task: Task) -> TaskData:
 
 def candidates(task: Task, rows: int) -> int:
     """How many candidates give `rows` training rows with probability 1 - SHORTFALL."""
-    if task.split is None:
+    share = task.train_share
+    if share is None:
         return rows
     low = high = rows
-    while binom.cdf(rows - 1, high, task.split.train) > SHORTFALL:
+    while binom.cdf(rows - 1, high, share) > SHORTFALL:
         high *= 2
     while low < high:  # bisection: the shortfall falls as candidates are added
         middle = (low + high) // 2
-        enough = binom.cdf(rows - 1, middle, task.split.train) <= SHORTFALL
+        enough = binom.cdf(rows - 1, middle, share) <= SHORTFALL
         low, high = (low, middle) if enough else (middle + 1, high)
     return low
 
@@ -51,23 +53,23 @@ def train_batch(task: Task, key: jax.Array, rows: int, step: Any, progress: Any,
     """
     keys = jax.random.split(key, candidates(task, rows))
     drawn = task.batch(keys, step, progress, data.prepared)
-    if task.split is None:
+    if task.train_share is None:
         return drawn
     admitted = jax.vmap(lambda e: task.part(e, data.table))(drawn) == 0
     order = jnp.argsort(~admitted, stable=True)[:rows]
     kept = jax.tree.map(lambda a: a[order], drawn)
-    return Example(kept.tokens, kept.scored & admitted[order][:, None], kept.truth)
+    return dataclasses.replace(kept, scored=kept.scored & admitted[order][:, None])
 
 
 def draw_set(task: Task, part: str | Int[Array, ""], key: jax.Array, rows: int, data: TaskData) -> Example:
     """`rows` independent examples of one part of the split (its name, or its place in `PARTS`), each redrawn until it belongs to it."""
     wanted = PARTS.index(part) if isinstance(part, str) else part
 
-    def one(key: jax.Array) -> Example:
+    def one(key: jax.Array, row: Int[Array, ""]) -> Example:
         def sample(tries: Int[Array, ""]) -> Example:
-            return task.sample(jax.random.fold_in(key, tries), data.prepared)
+            return task.draw(key, row, tries, data.prepared)
 
-        if task.split is None:
+        if task.train_share is None:
             return sample(jnp.int32(0))
 
         def again(carry: tuple[Array, Array, Example]) -> tuple[Array, Array, Example]:
@@ -76,9 +78,9 @@ def draw_set(task: Task, part: str | Int[Array, ""], key: jax.Array, rows: int, 
 
         none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(sample, jnp.int32(0)))
         _, found, example = jax.lax.while_loop(lambda c: ~c[1] & (c[0] <= TRIES), again, (jnp.int32(0), jnp.bool_(False), none))
-        return Example(example.tokens, example.scored & found, example.truth)
+        return dataclasses.replace(example, scored=example.scored & found)
 
-    return jax.vmap(one)(jax.random.split(key, rows))
+    return jax.vmap(one)(jax.random.split(key, rows), jnp.arange(rows))
 
 
 def compact(tokens: Array, vocab: int) -> Array:

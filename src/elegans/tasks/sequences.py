@@ -45,9 +45,9 @@ def sequence_contents(length: int, kinds: int) -> int | None:
     return kinds**length if kinds**length < SMALL_SPACE else None
 
 
-def sequence_content(digits: Int[Array, " length"], kinds: int) -> Int[Array, " words"]:
-    """A sequence of numbers below `kinds` in as few words as hold it: its rank, where `sequence_contents` is known."""
-    size = next(d for d in range(30, 0, -1) if kinds**d < 2**31)
+def sequence_content(digits: Int[Array, " length"], kinds: int, below: int = 2**31) -> Int[Array, " words"]:
+    """A sequence of numbers below `kinds` in as few words below `below` as hold it: its rank, where one word does."""
+    size = next(d for d in range(30, 0, -1) if kinds**d <= below)
     padded = jnp.pad(digits, (0, -digits.shape[0] % size)).reshape(-1, size)
     return (padded * jnp.asarray(kinds ** np.arange(size, dtype=np.int32))).sum(1)
 

@@ -92,6 +92,9 @@ class Run(Spec):
     flops: float | None = field(None, "length in training FLOPs", gt=0)
     count: Literal["kaplan", "matmul"] = field("kaplan", "convention of FLOPs, see `Transformer`")
     train_set: int | None = field(None, "rows of a finite training set; none: fresh rows at every step", ge=1, le=INT_LIMIT // 2)
+    order: Literal["listed", "short_to_long"] | None = field(
+        None, "passes over the finite training set: as it was drawn, or by length of prompt and answer; none: shuffled anew for each"
+    )
     seed: int = varies(0, "seed of everything random", ge=0)
     data_seed: int | None = varies(None, "seed of the data; none: the run's", ge=0)
     init_seed: int | None = varies(None, "seed of the initial weights; none: the run's", ge=0)
@@ -106,6 +109,10 @@ class Run(Spec):
             raise Invalid("steps", given or None, "allowed: exactly one of steps, examples, epochs, flops")
         if self.epochs is not None and self.train_set is None:
             raise Invalid("epochs", self.epochs, "needs a finite training set: give train_set")
+        if self.order is not None and self.train_set is None:
+            raise Invalid("order", self.order, "needs a finite training set: give train_set")
+        if self.train_set is not None and self.task.scheduled:
+            raise Invalid("train_set", self.train_set, f"a {self.task.kind} draws other rows as it goes; use fresh ones")
         if self.length >= INT_LIMIT:
             raise Invalid(given[0], lengths[given[0]], f"allowed: what makes fewer than {INT_LIMIT} steps")
         if self.train_set is not None and self.length * self.batch >= INT_LIMIT:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from elegans.randomness import Purpose, key_for, shuffled_index
 from elegans.specs import Spec, spec
@@ -52,7 +52,7 @@ def token_losses(logits: Float[Array, "*b position vocab"], tokens: Int[Array, "
 def scores(logits: Float[Array, "batch position vocab"], example: Example) -> tuple[Float[Array, ""], Metrics]:
     """Mean nats per scored token of a batch; accuracy per scored token; share of rows right at every scored token.
 
-    Rows without scored tokens count nowhere.
+    The mean is by the tokens' weights, where they have any. Rows without scored tokens count nowhere.
     """
     counted = example.scored[:, 1:]
     nats = token_losses(logits, example.tokens)
@@ -62,7 +62,11 @@ def scores(logits: Float[Array, "batch position vocab"], example: Example) -> tu
         "accuracy": (right & counted).sum() / tokens,
         "exact_match": (right.all(1) & rows).sum() / jnp.maximum(rows.sum(), 1),
     }
-    return (nats * counted).sum() / tokens, metrics
+    if example.weights is None:
+        return (nats * counted).sum() / tokens, metrics
+    weights = counted * example.weights[:, 1:]
+    total = weights.sum()
+    return (nats * weights).sum() / jnp.where(total > 0, total, 1), metrics
 
 
 def logits_of(
@@ -128,19 +132,32 @@ def draw_data(run: Run, task: TaskData) -> RunData:
     if run.train_set is None:
         return RunData(task)
     rows = draw_set(run.task, "train", key_for(run.data_seed, Purpose.DATA), run.train_set, task)
-    return RunData(task, Example(compact(rows.tokens, run.task.vocab_size), rows.scored))
+    if run.order == "short_to_long":
+        order = jnp.argsort(_span(rows.scored), stable=True)
+        rows = jax.tree.map(lambda a: a[order], rows)
+    return RunData(task, Example(compact(rows.tokens, run.task.vocab_size), rows.scored, weights=rows.weights))
+
+
+def _span(scored: Bool[Array, "row position"]) -> Int[Array, " row"]:
+    """A number that grows with the length of the prompt, and for one prompt's length with that of what is scored."""
+    width = scored.shape[1]
+    return scored.argmax(1) * width + width - scored[:, ::-1].argmax(1)
 
 
 def draw_batch(run: Run, step: Int[Array, ""], data: RunData) -> Example:
-    """The batch of a step: fresh rows, or the next ones of a shuffled pass over the finite training set."""
+    """The batch of a step: fresh rows, or the next ones of a pass over the finite training set."""
     steps: Any = run.steps
     if data.finite is None or run.train_set is None:
         key = key_for(run.data_seed, Purpose.DATA, step)
         return train_batch(run.task, key, run.batch, step, step / steps, data.task)
     size = run.train_set
     row = step * run.batch + jnp.arange(run.batch)  # below 2^31, as Run checks
-    index = jax.vmap(lambda r: shuffled_index(r % size, size, key_for(run.data_seed, Purpose.ORDER, r // size)))(row)
-    return Example(data.finite.tokens[index].astype(jnp.int32), data.finite.scored[index])
+    if run.order is None:
+        row = jax.vmap(lambda r: shuffled_index(r % size, size, key_for(run.data_seed, Purpose.ORDER, r // size)))(row)
+    else:
+        row = row % size
+    chosen = jax.tree.map(lambda a: a[row], data.finite)
+    return dataclasses.replace(chosen, tokens=chosen.tokens.astype(jnp.int32))
 
 
 def advance(run: Run, state: State, step: Int[Array, ""], data: RunData) -> tuple[State, Metrics]:
