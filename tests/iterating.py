@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 
 from elegans.models.iterator import iterator
+from elegans.randomness import Purpose, key_for
 from elegans.specs import field, spec
 from elegans.tasks import Parity
 from elegans.tasks.base import Task
+from elegans.tasks.sampling import draw_set, prepare
 from elegans.training import Run
 from elegans.training.optimisers import ravel
 from elegans.types import Example, Truth
@@ -77,6 +79,12 @@ def measured(instrument: Any, networks: Any = None) -> Any:
     tables = [t.to_pandas() for t in instrument._over(runs, vectors, lambda *_: None)]
     made = pd.concat(tables, ignore_index=True)
     return made.assign(run=made["run"].map(names))
+
+
+def held_out(rows: int) -> Example:
+    """The rows that `measured` measures on."""
+    draw = jax.jit(lambda: draw_set(TASK, "test", key_for(0, Purpose.INSTRUMENT), rows, prepare(TASK)))
+    return jax.device_get(draw())
 
 
 def drawn(task: Task, rows: int, seed: int = 0) -> Example:

@@ -19,6 +19,7 @@ from elegans.instruments.patterns import heads_of, iterates
 from elegans.models.base import Context
 from elegans.models.transformer import Attention, Learned, Transformer
 from elegans.network import Network
+from elegans.training.step import logits_of
 from elegans.types import no_edit
 
 Side = Literal["token", "position"]
@@ -119,7 +120,7 @@ def step_table(network: Network, count: int = 1024, part: str = "test", seed: in
     rows = network.examples(count, part, seed)
     if not iterates(network.task, rows.truth):
         raise Invalid("task", network.task.kind, "allowed: tasks with inputs and every state written")
-    logits = network.trace(rows.tokens[:, :-1])[0]
+    logits = jax.jit(lambda params, tokens: logits_of(network.run, params, tokens))(network.params, rows.tokens)
     truth = rows.truth["input"]
     there = np.asarray((truth.positions >= 0) & rows.scored.any(1)[:, None])
     places = np.where(there, truth.positions, 0)
@@ -154,6 +155,13 @@ def graft(network: Network, source: Network, layer: int, head: int | None = None
     if head is None:
         moved = {"mlp": theirs["mlp"]}
     else:
-        moved = {"attn": {n: w if n == "b_O" else jnp.asarray(w).at[head].set(theirs["attn"][n][head]) for n, w in mine["attn"].items()}}
+        moved = {"attn": {n: w if n == "b_O" else _with(w, head, theirs["attn"][n]) for n, w in mine["attn"].items()}}
     blocks[layer] = mine | moved
     return dataclasses.replace(network, params=network.params | {"blocks": blocks})
+
+
+def _with(mine: Array, head: int, theirs: Array) -> Array:
+    """Weights [head, ...] with one head's taken from others."""
+    made = np.array(mine)
+    made[head] = theirs[head]
+    return jnp.asarray(made)

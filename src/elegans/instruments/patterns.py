@@ -68,7 +68,7 @@ def _iteration(example: Example) -> dict[str, Targets]:
 def targets(task: Task, example: Example) -> dict[str, Targets]:
     """Every named pattern that one row of a task has: the task's own and those of iteration first."""
     tokens, n = example.tokens[:-1], example.tokens.shape[0] - 1
-    found = {name: t[:n] for name, t in task.attends(example).items()}
+    found: dict[str, Targets] = {name: t[:n] for name, t in task.attends(example).items()}
     found |= _iteration(example) if iterates(task, example.truth) else {}
     q = jnp.arange(n)
     seen = (q >= 1) & (q <= jnp.where(example.scored[1:], q, 0).max())
