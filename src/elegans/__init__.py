@@ -7,8 +7,8 @@ from typing import Any
 
 _HOME = {
     "errors": "Invalid StoreError",
-    "instruments": "Ablate AttentionMaps Circuit Dynamics Instrument Layout Patch Probe ReplicaInstrument Scaling StoreInstrument Transition "
-    "graft measure ov qk step_table",
+    "instruments": "Ablate AttentionMaps Circuit Dynamics Instrument Layout Patch Probe ReplicaInstrument Scaling StoreInstrument "
+    "Transition graft measure ov qk step_table",
     "models": "Attention Component Context LayerNorm Learned MLP Model Norm Positions RMSNorm Rotary Sizes SwiGLU Transformer",
     "network": "Network load",
     "specs": "Spec field fields grid identity note replace spec structure varies",

@@ -1,5 +1,6 @@
 """Figures: rows of a store to a plotly figure, each with a caption that says what is plotted, its unit, n and interval."""
 
+from elegans.figures.attention import attention_map, circuit_curves
 from elegans.figures.catalogue import Catalogue, Facts, Grouping, Tables, catalogue
 from elegans.figures.curves import curves, timeline
 from elegans.figures.effects import Lead, Strip, ablation, lead_forest, leads, strips
@@ -8,6 +9,6 @@ from elegans.figures.paper import save_paper_figures
 from elegans.figures.style import caption, template
 
 __all__ = [
-    "Catalogue", "Facts", "Grouping", "Lead", "Strip", "Tables", "ablation", "caption", "catalogue", "curves", "lead_forest", "leads",
-    "position_map", "probe_map", "save_paper_figures", "strips", "template", "timeline",
+    "Catalogue", "Facts", "Grouping", "Lead", "Strip", "Tables", "ablation", "attention_map", "caption", "catalogue",
+    "circuit_curves", "curves", "lead_forest", "leads", "position_map", "probe_map", "save_paper_figures", "strips", "template", "timeline",
 ]  # fmt: skip

@@ -188,7 +188,10 @@ def _stacked(runs: dict[str, Run], networks: Sequence[tuple[str, int, np.ndarray
 
 
 def _others(
-    networks: Sequence[tuple[str, int, np.ndarray]], partners: list[int | None] | None, start: int, own: Float[np.ndarray, "network parameter"]
+    networks: Sequence[tuple[str, int, np.ndarray]],
+    partners: list[int | None] | None,
+    start: int,
+    own: Float[np.ndarray, "network parameter"],
 ) -> list[Float[np.ndarray, "network parameter"]]:
     """The weights of the partners of a batch that begins at `start`, in the shape of its own: one array, or none."""
     if partners is None:

@@ -100,7 +100,7 @@ class StepTable(NamedTuple):
     """The prediction after every pair of a state and an input that occurred."""
 
     next: Float[np.ndarray, "state input token"]  # mean probability of each token; NaN where the pair did not occur
-    count: Int[np.ndarray, "state input"]
+    counts: Int[np.ndarray, "state input"]
     states: tuple[str, ...]  # symbols; EoI stands for s_0
     inputs: tuple[str, ...]
     tokens: tuple[str, ...]
@@ -108,7 +108,7 @@ class StepTable(NamedTuple):
     @property
     def best(self) -> Int[np.ndarray, "state input"]:
         """The likeliest next token; -1 where the pair did not occur."""
-        return np.where(self.count > 0, np.nan_to_num(self.next).argmax(-1), -1)
+        return np.where(self.counts > 0, np.nan_to_num(self.next).argmax(-1), -1)
 
 
 def step_table(network: Network, count: int = 1024, part: str = "test", seed: int = 0) -> StepTable:

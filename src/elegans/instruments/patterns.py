@@ -154,4 +154,4 @@ def by_length(run: Run, rows: Example) -> Bool[Array, "length row"]:
 
 def length_axis(run: Run) -> list[dict[str, Any]]:
     """The entries of `by_length`."""
-    return [{"length": n} for n in lengths_of(run) or [None]]
+    return [{"length": n} for n in lengths_of(run)] or [{"length": None}]
