@@ -12,10 +12,10 @@ import pyarrow as pa
 from elegans.figures import style
 from elegans.figures.catalogue import columns
 from elegans.figures.curves import band, draw_band, series
-from elegans.figures.maps import bar, grid, pick
+from elegans.figures.maps import MAPS, bar, grid, pick
 
 STRIPS = 6  # heads shown at several steps; more are shown at the last one
-LABELS = 26  # tokens of an axis that get a label each; of more, some
+LABEL = 13  # pixels that a token's label needs
 SCORES = {
     "peakiness": "share of (row, query) where the pattern's key gets more than half of the attention",
     "attention": "mean attention that the pattern's key gets",
@@ -36,10 +36,9 @@ class AttentionGrid:
     labels: list[str]  # of the tokens
     across: str  # what columns are
 
-    @property
-    def ticks(self) -> list[int]:
-        """Tokens that get a label."""
-        return list(range(0, len(self.labels), -(-len(self.labels) // LABELS)))
+    def ticks(self, most: int) -> list[int]:
+        """Tokens that get a label: at most so many, evenly spaced."""
+        return list(range(0, len(self.labels), -(-len(self.labels) // max(most, 1))))
 
 
 def attention_grid(rows: pa.Table) -> AttentionGrid:
@@ -48,16 +47,15 @@ def attention_grid(rows: pa.Table) -> AttentionGrid:
     names = dict(zip(data["query"], data["query_label"], strict=True))
     positions = np.array(sorted(names))
     heads = sorted(set(zip(data["layer"].tolist(), data["head"].tolist(), strict=True)))
-    steps = pick(sorted(set(data["step"].tolist())))
-    if steps[0] > 0 and (data["step"] == 0).any() and len(steps) > 1:
-        steps = [0, *steps[1:]]  # what it was before training, in place of the earliest
+    known = sorted(set(data["step"].tolist()))
+    steps = sorted({0, *pick(known)[1 - MAPS :]}) if known[0] == 0 else pick(known)
 
     def drawn(step: int, layer: int, head: int) -> np.ndarray:
         here = (data["step"] == step) & (data["layer"] == layer) & (data["head"] == head)
         return grid(data["attention"][here].astype(float), data["query"][here], data["key"][here], positions, positions)
 
     labels = [style.text(names[p], 8) for p in positions]
-    if len(heads) <= STRIPS:
+    if len(heads) <= STRIPS and len(steps) > 1:
         maps = [[drawn(s, *head) for s in steps] for head in heads]
         return AttentionGrid([f"layer {i}, head {h}" for i, h in heads], [f"step {style.compact(s)}" for s in steps], maps, labels, "step")
     layers, numbers = (sorted({head[i] for head in heads}) for i in (0, 1))
@@ -69,29 +67,35 @@ def attention_map(rows: pa.Table, who: str) -> go.Figure:
     """Attention of every head of one run, queries downwards and keys across, with the tokens that stand there."""
     made = attention_grid(rows)
     down, across = len(made.rows), len(made.columns)
-    gap = 0.02, 0.10 / down
-    width, height = (1 - gap[0] * (across - 1)) / across, (1 - gap[1] * (down - 1)) / down
-    ticks = {"tickmode": "array", "tickvals": made.ticks, "ticktext": [made.labels[i] for i in made.ticks]}
-    axis = {"showgrid": False, "tickfont": {"size": 9 if len(made.ticks) > 14 else 11}, "ticklen": 2, **ticks}
+    gap, side = (0.02, 0.10 / down), max(150, min(260, 900 // across))
+    width, height = (1 - gap[0] * (across - 1)) / max(across, 3), (1 - gap[1] * (down - 1)) / down  # about square, also if few
+    places = made.ticks(side // LABEL)
+    ticks = {"tickmode": "array", "tickvals": places, "ticktext": [made.labels[i] for i in places]}
+    axis = {"showgrid": False, "tickfont": {"size": 10}, "ticklen": 2, **ticks}
     layout: dict[str, Any] = {"annotations": [], "margin": {"t": 40}, "plot_bgcolor": style.MISSING}
     traces = []
     for i, j in np.ndindex(down, across):
         name, left, top = str(i * across + j + 1), j * (width + gap[0]), 1 - i * (height + gap[1])
         x, y = (f"{a}{name if name != '1' else ''}" for a in "xy")
         title = {"title": {"text": made.rows[i], "standoff": 4}} if j == 0 else {}
-        layout[f"xaxis{x[1:]}"] = {"domain": [left, min(left + width, 1)], "anchor": y, "showticklabels": i == down - 1, "tickangle": 0, **axis}
+        layout[f"xaxis{x[1:]}"] = {
+            "domain": [left, min(left + width, 1)],
+            "anchor": y,
+            "showticklabels": i == down - 1,
+            "tickangle": -90,
+            **axis,
+        }
         layout[f"yaxis{y[1:]}"] = {
             "domain": [max(top - height, 0), top], "anchor": x, "showticklabels": j == 0, "autorange": "reversed", **axis, **title
         }  # fmt: skip
         if i == 0:
             place = {"xref": "paper", "yref": "paper", "x": left + width / 2, "xanchor": "center", "y": 1, "yanchor": "bottom"}
             layout["annotations"].append({**place, "text": made.columns[j], "showarrow": False})
-        notes = np.array([[f"{q} to {k}" for k in made.labels] for q in made.labels])
-        hover = f"{made.rows[i]}, {made.columns[j]}<br>%{{text}}: %{{z:.3f}}<extra></extra>"
-        heat = {"z": made.maps[i][j].astype(np.float32), "text": notes, "xaxis": x, "yaxis": y, "name": f"{made.rows[i]}, {made.columns[j]}"}
+        hover = f"{made.rows[i]}, {made.columns[j]}<br>position %{{y}} to %{{x}}: %{{z:.3f}}<extra></extra>"
+        heat = {"z": made.maps[i][j].astype(np.float32), "xaxis": x, "yaxis": y, "name": f"{made.rows[i]}, {made.columns[j]}"}
         traces.append(go.Heatmap(**heat, coloraxis="coloraxis", hoverongaps=False, hovertemplate=hover))
     layout["coloraxis"] = {"colorscale": style.SCALE, "cmin": 0, "cmax": 1, "colorbar": bar("attention")}
-    return style.blank(110 + down * max(150, min(260, 900 // across)), _map_caption(rows, made, who), **layout).add_traces(traces)
+    return style.blank(110 + down * side, _map_caption(rows, made, who), **layout).add_traces(traces)
 
 
 def _map_caption(rows: pa.Table, made: AttentionGrid, who: str) -> str:

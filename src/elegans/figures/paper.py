@@ -138,13 +138,16 @@ def probe_map(maps: ProbeMaps, feature: str) -> Figure:
 def attention_map(made: AttentionGrid) -> Figure:
     """Attention of every head of one run: the first that learned, where one did."""
     down, across = len(made.rows), len(made.columns)
-    figure, grid = _blank(0.5 + down * WIDTH / (across + 0.6), nrows=down, ncols=across, sharex=True, sharey=True, squeeze=False)
-    size = 5 if len(made.ticks) > 12 else 6.5
+    side = min((WIDTH - 1) / across, 2.0)  # inches
+    figure, grid = _blank(0.45 + down * (side + 0.05), nrows=down, ncols=across, sharex=True, sharey=True, squeeze=False)
+    figure.set_figwidth(min(WIDTH, 1.2 + across * side))
+    ticks = made.ticks(int(side / 0.075))
+    labels, size = [made.labels[t] for t in ticks], min(6.5, 60 * side / len(ticks))
     for (i, j), axes in np.ndenumerate(grid):
         axes.set_facecolor("#DDDDDD")
         image = axes.imshow(np.ma.masked_invalid(made.maps[i][j]), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-        axes.set_xticks(made.ticks, [made.labels[t] for t in made.ticks], fontsize=size)
-        axes.set_yticks(made.ticks, [made.labels[t] for t in made.ticks], fontsize=size)
+        axes.set_xticks(ticks, labels, fontsize=size, rotation=90)
+        axes.set_yticks(ticks, labels, fontsize=size)
         axes.tick_params(length=1.5)
         if i == 0:
             axes.set_title(made.columns[j], fontsize=7)

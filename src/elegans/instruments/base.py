@@ -138,8 +138,9 @@ class ReplicaInstrument(Instrument):
             yield from (_table(batch, layouts[name], arrays) for name, arrays in blocks.items())
 
     def _one(self, run: Run, vectors: tuple[Float[Array, " parameter"], ...], data: TaskData) -> Blocks:
-        given = dict(zip(("params", "other"), (params_of(run, v) for v in vectors), strict=False))
-        return self.apply(run, data=data, key=key_for(run.data_seed, Purpose.INSTRUMENT), **given)
+        params, *other = (params_of(run, v) for v in vectors)
+        given = {"other": other[0]} if other else {}
+        return self.apply(run, params, data, key_for(run.data_seed, Purpose.INSTRUMENT), **given)
 
 
 @spec

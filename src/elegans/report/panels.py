@@ -126,7 +126,7 @@ def probe_panels(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]
 
 def attention_panel(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]:
     """Attention maps of a few runs, one by one: heads of different runs are not the same heads."""
-    made = []
+    made: list[tuple[str, str, go.Figure]] = []
     for view in [v for v in views(runs, by) if len(v.runs) == 1]:
         query = queries.attention(view.runs[0])
         rows = tables.ask(query)
