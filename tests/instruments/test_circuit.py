@@ -42,6 +42,21 @@ def test_patterns_of_a_row_drawn_by_hand():
     }
 
 
+def test_a_rows_iteration_is_that_of_its_task():
+    """In a mixture: a token before the row, the reads under the task's name, and nothing where the states are not written."""
+    tokens = jnp.zeros(9, int)  # `<parity>P10:11$$`, were it one
+
+    def found(name, *reads):
+        truth = {"other.input": Truth(jnp.zeros(3, int), jnp.full(3, -1)), name: Truth(jnp.zeros(2, int), jnp.array(reads))}
+        made = targets(TASK, Example(tokens, jnp.arange(9) >= 5, truth))
+        return [made[n].tolist() for n in ("iteration_1", "iteration_2")]
+
+    no = -1
+    assert found("parity.input", 4, 5) == [[no] * 4 + [4, 4, no, no], [no] * 4 + [2, 3, no, no]]
+    assert found("input", 3, 4) == [[no] * 3 + [3, 3, no, no, no], [no] * 3 + [1, 2, no, no, no]]  # without that token
+    assert found("input", 1, 2) == [[no] * 8] * 2  # read at the inputs themselves
+
+
 @spec
 class WithCircuit(Addition):
     """Addition that says where its circuit looks: always two tokens back."""

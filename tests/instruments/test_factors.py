@@ -104,6 +104,10 @@ def test_the_step_table_is_the_tables():
     assert np.take_along_axis(table.next, table.best[..., None], -1).min() > 1 - 1e-6
     untrained = step_table(known("untrained"), 256)
     assert untrained.next.max() < 0.9 and (untrained.counts == table.counts).all()
+    assert (step_table(known("perfect"), 256, opening="P").counts == table.counts).all()
+    with pytest.raises(Invalid, match=r"opening.*P"):
+        step_table(known("perfect"), 256, opening="Q")
+    assert step_table(known("perfect"), 256, opening="$").counts.size == 0  # no row begins with the end
     with pytest.raises(Invalid, match="task"):
         step_table(Network(Run(Addition(length=3, split=None), MODEL, steps=1), 1, PERFECT), 2)
 

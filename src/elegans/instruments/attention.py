@@ -10,7 +10,7 @@ import numpy as np
 
 from elegans.errors import Invalid
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
-from elegans.instruments.patterns import by_length, heads_of, iterates, lengths_of, maps_of
+from elegans.instruments.patterns import by_length, heads_of, iteration, lengths_of, maps_of
 from elegans.specs import field, spec
 from elegans.tasks.sampling import TaskData, draw_set
 from elegans.training.run import Run
@@ -72,10 +72,10 @@ def labels_of(run: Run, group: int) -> list[str]:
     if not len(tokens):
         return [str(p) for p in range(rows.tokens.shape[1] - 1)]
     labels = [run.task.symbols[column[0]] if (column == column[0]).all() else str(p) for p, column in enumerate(tokens.T)]
-    if iterates(run.task, rows.truth):
-        reads = np.asarray(rows.truth["input"].positions)[there][0]
-        for t, p in enumerate(reads[reads >= 0], 1):
-            labels[t] = f"x{t}"
-            if p + 1 < len(labels):
-                labels[p + 1] = f"s{t}"
+    where = iteration(run.task, rows.truth)
+    if where is not None:
+        chosen = np.flatnonzero(there)[0]
+        for t, (q, x) in enumerate(zip(*(np.asarray(a)[chosen].tolist() for a in where), strict=True), 1):
+            places = {x: f"x{t}", q + 1: f"s{t}"} if q >= 0 else {}
+            labels = [places.get(p, label) for p, label in enumerate(labels)]
     return labels

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
-from elegans.instruments.patterns import heads_of, iterates
+from elegans.instruments.patterns import heads_of, iteration
 from elegans.models.base import Context
 from elegans.models.transformer import Attention, Learned, Transformer
 from elegans.network import Network
@@ -111,30 +111,32 @@ class StepTable(NamedTuple):
         return np.where(self.counts > 0, np.nan_to_num(self.next).argmax(-1), -1)
 
 
-def step_table(network: Network, count: int = 1024, part: str = "test", seed: int = 0) -> StepTable:
+def step_table(network: Network, count: int = 1024, part: str = "test", seed: int = 0, opening: str | None = None) -> StepTable:
     """F(s, x) as the network computes it: its mean prediction where s_t is to come, by the token before it and by x_t.
 
-    Measured on `count` rows of an iterative task with chain of thought. A chance network predicts the same for all
-    pairs; a perfect one has probability 1 at the task's next state. Raises `Invalid`.
+    Measured on `count` rows of an iterative task with chain of thought; of a mixture of tasks, on those that begin with the
+    symbol `opening`. A chance network predicts the same for all pairs; a perfect one has probability 1 at the task's next
+    state. Raises `Invalid`.
     """
     rows = network.examples(count, part, seed)
-    if not iterates(network.task, rows.truth):
+    where, symbols = iteration(network.task, rows.truth), network.task.symbols
+    if where is None:
         raise Invalid("task", network.task.kind, "allowed: tasks with inputs and every state written")
+    if opening is not None and opening not in symbols:
+        raise Invalid("opening", opening, f"allowed: {' '.join(symbols)}")
     logits = jax.jit(lambda params, tokens: logits_of(network.run, params, tokens))(network.params, rows.tokens)
-    truth = rows.truth["input"]
-    there = np.asarray((truth.positions >= 0) & rows.scored.any(1)[:, None])
-    places = np.where(there, truth.positions, 0)
-    probabilities = np.take_along_axis(np.asarray(jax.nn.softmax(logits)), places[..., None], 1)[there]
-    before = np.take_along_axis(np.asarray(rows.tokens), places, 1)[there]
+    tokens, scored, queries, inputs = (np.asarray(a) for a in (rows.tokens, rows.scored, *where))
+    asked = True if opening is None else tokens[:, :1] == symbols.index(opening)
+    row, read = np.nonzero((queries >= 0) & scored.any(1, keepdims=True) & asked)
+    at = tuple(tokens[row, places[row, read]] for places in (queries, inputs))
     v = network.task.vocab_size
     total, number = np.zeros((v, v, v)), np.zeros((v, v), int)
-    np.add.at(total, (before, np.asarray(truth.values)[there]), probabilities)
-    np.add.at(number, (before, np.asarray(truth.values)[there]), 1)
-    states, inputs = (np.flatnonzero(number.any(axis)) for axis in (1, 0))
-    number = number[np.ix_(states, inputs)]
-    mean = total[np.ix_(states, inputs)] / np.where(number > 0, number, np.nan)[..., None]
-    symbols = network.task.symbols
-    return StepTable(mean, number, *(tuple(symbols[i] for i in kept) for kept in (states, inputs)), symbols)
+    np.add.at(total, at, np.asarray(jax.nn.softmax(logits))[row, queries[row, read]])
+    np.add.at(number, at, 1)
+    kept = tuple(np.flatnonzero(number.any(axis)) for axis in (1, 0))
+    number = number[np.ix_(*kept)]
+    mean = total[np.ix_(*kept)] / np.where(number > 0, number, np.nan)[..., None]
+    return StepTable(mean, number, *(tuple(symbols[i] for i in k) for k in kept), symbols)
 
 
 # ---- moving parts

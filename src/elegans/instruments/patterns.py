@@ -10,14 +10,14 @@ the last that predicts a scored token, without the first, which sees only itself
   iteration_1  with chain of thought: the token before s_t looks at EoI          (Cabannes et al. 2024)
   iteration_2  with chain of thought: the token before s_t looks at x_t
 
-The last two for tasks whose rows are `[task] x_1 .. x_L [EoI] s_1 .. s_L [EoS]`, with the truths `input` and `state` read where
-s_t is predicted. What a task's own circuit is, its method `attends` says.
+The last two for tasks whose rows are `[task] x_1 .. x_L [EoI] s_1 .. s_L [EoS]`, with the truth `input` read where s_t is
+predicted. What a task's own circuit is, its method `attends` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from elegans.errors import Invalid
 from elegans.instruments.probe import truth_of
 from elegans.tasks import Task
 from elegans.training.run import Run
-from elegans.types import Example
+from elegans.types import Example, Truth
 
 NOWHERE, EVERYWHERE = -1, -2
 Targets = Int[Array, " query"]
@@ -49,27 +49,49 @@ GENERAL: dict[str, Callable[[Int[Array, " query"]], Targets]] = {
 }
 
 
-def iterates(task: Task, truth: Any) -> bool:
-    """Whether rows write every state of an iteration after their inputs."""
-    return {"input", "state"} <= set(truth) and getattr(task, "cot", True)
+class Iteration(NamedTuple):
+    """Where an iteration with chain of thought is in a row."""
+
+    queries: Int[Array, "*row reads"]  # the tokens before s_1, s_2, ...: EoI, s_1, ...; -1 beyond the last
+    inputs: Int[Array, "*row reads"]  # x_1, x_2, ...; -1 beyond the last
 
 
-def _iteration(example: Example) -> dict[str, Targets]:
-    """The circuit of chain of thought; the first read is EoI's own position."""
-    reads = example.truth["input"].positions
-    empty = jnp.full(example.tokens.shape[0], NOWHERE)
-    place = jnp.where(reads >= 0, reads, example.tokens.shape[0])  # dropped below
-    return {
-        "iteration_1": empty.at[place].set(reads[0], mode="drop")[:-1],
-        "iteration_2": empty.at[place].set(reads - reads[0] + 1, mode="drop")[:-1],
-    }
+def iteration(task: Task, truth: dict[str, Truth]) -> Iteration | None:
+    """Where the iteration is in rows with this truth (one, or many stacked); None for tasks that write no states.
+
+    Of a mixture's tasks, which may name their truths `task.input`, each row has the reads of its own.
+    """
+    writes = any(getattr(part, "cot", True) for part in getattr(task, "tasks", (task,)))
+    queries = _inputs(truth)
+    if queries is None or not writes:
+        return None
+    length = (queries >= 0).sum(-1, keepdims=True)
+    there = (queries >= 0) & (queries[..., :1] > length)  # EoI stands behind all inputs; else the reads are at the inputs
+    return Iteration(jnp.where(there, queries, -1), jnp.where(there, queries - length, -1))
+
+
+def _inputs(truth: dict[str, Truth]) -> Int[Array, "*row reads"] | None:
+    """Reads of the inputs."""
+    found = [t.positions for name, t in truth.items() if name.rpartition(".")[2] == "input"]
+    most = max((p.shape[-1] for p in found), default=0)
+    padded = [jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, most - p.shape[-1])], constant_values=-1) for p in found]
+    return jnp.stack(padded).max(0) if found else None
+
+
+def _iteration_targets(where: Iteration, positions: int) -> dict[str, Targets]:
+    """The circuit of chain of thought."""
+    queries, inputs = where
+    empty, place = jnp.full(positions, NOWHERE), jnp.where(queries >= 0, queries, positions)  # what is beyond is dropped
+    found = {"iteration_1": jnp.broadcast_to(queries[:1], queries.shape), "iteration_2": inputs}
+    return {name: empty.at[place].set(target, mode="drop")[:-1] for name, target in found.items()}
 
 
 def targets(task: Task, example: Example) -> dict[str, Targets]:
     """Every named pattern that one row of a task has: the task's own and those of iteration first."""
     tokens, n = example.tokens[:-1], example.tokens.shape[0] - 1
     found: dict[str, Targets] = {name: t[:n] for name, t in task.attends(example).items()}
-    found |= _iteration(example) if iterates(task, example.truth) else {}
+    where = iteration(task, example.truth)
+    found |= {} if where is None else _iteration_targets(where, n + 1)
     q = jnp.arange(n)
     seen = (q >= 1) & (q <= jnp.where(example.scored[1:], q, 0).max())
     return found | {name: jnp.where(seen, of(tokens), NOWHERE) for name, of in GENERAL.items() if name not in found}
@@ -141,15 +163,16 @@ def heads_of(run: Run) -> list[list[dict[str, Any]]]:
 def lengths_of(run: Run) -> list[int]:
     """How many inputs rows of an iterative task can have; empty for other tasks, whose rows are of one kind."""
     truth = truth_of(run)
-    return list(range(1, truth["input"].positions.shape[0] + 1)) if "input" in truth else []
+    shape = jax.eval_shape(_inputs, truth)
+    return [] if shape is None else list(range(1, shape.shape[-1] + 1))
 
 
 def by_length(run: Run, rows: Example) -> Bool[Array, "length row"]:
     """Which rows have each of the task's lengths; one group of all rows where it has none."""
-    lengths = lengths_of(run)
-    if not lengths:
+    reads = _inputs(rows.truth)
+    if reads is None:
         return jnp.ones((1, rows.tokens.shape[0]), bool)
-    return (rows.truth["input"].positions >= 0).sum(1) == jnp.asarray(lengths)[:, None]
+    return (reads >= 0).sum(1) == jnp.asarray(lengths_of(run))[:, None]
 
 
 def length_axis(run: Run) -> list[dict[str, Any]]:
