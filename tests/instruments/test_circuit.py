@@ -7,6 +7,7 @@ import pytest
 
 from elegans.errors import Invalid
 from elegans.instruments import AttentionMaps, Circuit, Dynamics
+from elegans.instruments.attention import labels_of
 from elegans.instruments.circuit import summary
 from elegans.instruments.patterns import EVERYWHERE, names_of, targets
 from elegans.models.iterator import HEADS, IDLE_HEADS
@@ -48,7 +49,7 @@ def test_a_rows_iteration_is_that_of_its_task():
 
     def found(name, *reads):
         truth = {"other.input": Truth(jnp.zeros(3, int), jnp.full(3, -1)), name: Truth(jnp.zeros(2, int), jnp.array(reads))}
-        made = targets(TASK, Example(tokens, jnp.arange(9) >= 5, truth))
+        made = jax.jit(lambda row: targets(TASK, row))(Example(tokens, jnp.arange(9) >= 5, truth))
         return [made[n].tolist() for n in ("iteration_1", "iteration_2")]
 
     no = -1
@@ -153,6 +154,11 @@ def test_maps_are_drawn_with_their_tokens():
     np.testing.assert_allclose(totals, 1, atol=1e-5)
     idle = made.loc[("perfect", *IDLE_HEADS[0])]
     np.testing.assert_allclose(idle["attention"], 1 / (idle["query"] + 1), rtol=1e-5)
+
+
+def test_tokens_without_a_name_have_their_position():
+    labels = labels_of(Run(Addition(length=3), Transformer(layers=1, d_model=8, heads=1), steps=1), 0)
+    assert labels == ["#0", "#1", "#2", "+", "#4", "#5", "#6", "=", *["#8", "#9", "#10", "#11"]]
 
 
 def test_a_length_that_a_task_has_not():

@@ -105,7 +105,7 @@ def _map_caption(rows: pa.Table, made: AttentionGrid, who: str) -> str:
     return (
         f"Runs: {who}. Attention of each head {when}, mean over {of}: each query (downwards) divides an attention of 1 "
         "among the tokens up to itself (across). Grey: what it cannot see. Tokens that differ between rows are named x1, x2, ... "
-        "(inputs), s1, s2, ... (states), or by position."
+        "(inputs), s1, s2, ... (states), or #0, #1, ... by position."
     )
 
 

@@ -26,7 +26,7 @@ class AttentionMaps(ReplicaInstrument):
     query + 1 visible ones 1 / (query + 1). Queries beyond the last that predicts a scored token are left out, and so is
     everything where no row has the length. `query` and `key` are positions; `query_label` and `key_label` their tokens:
     the symbol where it is the same in all rows, x1, x2, ... and s1, s2, ... for inputs and states of an iterative task,
-    else the position.
+    else the position after a `#`.
     """
 
     kind: ClassVar[str] = "attention"
@@ -70,8 +70,8 @@ def labels_of(run: Run, group: int) -> list[str]:
     rows, there = jax.device_get(jax.jit(draw)(jax.random.split(jax.random.key(0), count)))
     tokens = rows.tokens[there][:, :-1]
     if not len(tokens):
-        return [str(p) for p in range(rows.tokens.shape[1] - 1)]
-    labels = [run.task.symbols[column[0]] if (column == column[0]).all() else str(p) for p, column in enumerate(tokens.T)]
+        return [f"#{p}" for p in range(rows.tokens.shape[1] - 1)]
+    labels = [run.task.symbols[column[0]] if (column == column[0]).all() else f"#{p}" for p, column in enumerate(tokens.T)]
     where = iteration(run.task, rows.truth)
     if where is not None:
         chosen = np.flatnonzero(there)[0]
