@@ -90,6 +90,14 @@ def test_scores_are_means_over_lengths_of_four_and_more(store):
     np.testing.assert_allclose(drawn["layer 1, head 0"].y, 0.5)  # the median of two runs
 
 
+def test_scores_at_one_step_are_points():
+    rows = score_rows(steps=[20_000]).group_by(["run", "step", "layer", "head"]).aggregate([("chance", "mean"), ("attention", "mean")])
+    rows = rows.rename_columns({"chance_mean": "chance", "attention_mean": "attention"})
+    figure = circuit_curves(rows, "self", "attention", "all")
+    assert {t.mode for t in figure.data} == {"markers"} and figure.layout.xaxis.ticktext == ("20k",)
+    assert figure.layout.shapes[0].y0 == pytest.approx(0.1)  # what uniform attention gives
+
+
 def test_the_report_and_the_papers_have_them(store, tmp_path):
     page = report.write(store[0]).read_text(encoding="utf-8")
     assert "attention" in sections(page)

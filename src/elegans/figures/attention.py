@@ -120,12 +120,16 @@ def circuit_curves(rows: pa.Table, pattern: str, score: str, who: str) -> go.Fig
         380, _circuit_caption(rows, pattern, score, who), xaxis=style.step_axis(np.unique(data["step"])),
         yaxis={"title": {"text": score}, "range": [-0.02, 1.03]}, showlegend=True,
     )  # fmt: skip
-    first = style.first_step(np.unique(data["step"]))
+    steps = np.unique(data["step"])
+    first = style.first_step(steps)
     for i, (layer, head) in enumerate(heads):
         here = pa.array((data["layer"] == layer) & (data["head"] == head))
         drawn = band(list(series(rows.filter(here), score).values()))
         if drawn is not None:
             figure.add_traces(draw_band(drawn, style.NAMED[i % len(style.NAMED)], f"layer {layer}, head {head}", first))
+    if len(steps) == 1:  # a line of one point would not be seen
+        figure.update_traces(mode="markers")
+        figure.update_xaxes(tickvals=style.step_places(steps, first), ticktext=[style.compact(s) for s in steps.tolist()])
     if score == "attention":
         style.draw_levels(figure, [("chance", float(np.nanmean(data["chance"])), "uniform attention")])
     return figure
