@@ -11,16 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from elegans.instruments import Ablate, Probe, ReplicaInstrument
+from elegans.instruments import Ablate, AttentionMaps, Circuit, Dynamics, Patch, Probe, ReplicaInstrument
 from elegans.instruments.base import silent
 from elegans.models.transformer import Transformer
 from elegans.specs import _KINDS, is_abstract
 from elegans.store import Cohort
-from elegans.tasks import Addition
+from elegans.tasks import Addition, Parity
 from elegans.tasks.sampling import prepare
 from elegans.training import Run
 
 RUN = Run(Addition(length=3), Transformer(layers=1, d_model=4, heads=2), steps=1, data_seed=0, init_seed=0)
+ITERATIVE = dataclasses.replace(RUN, task=Parity(length=6, shortest=3))  # has lengths, and patterns of its own
+DRAWS = {"part": ["train", "validation"], "examples": [5], "at": ["final"]}
 CASES: dict[ReplicaInstrument, dict[str, list[Any]]] = {
     Probe(fit=8, test=4): {
         **{"features": [("carry",), ("first_operand",)], "families": [("resid",), ("resid", "embed"), ("head",)]},
@@ -31,6 +33,10 @@ CASES: dict[ReplicaInstrument, dict[str, list[Any]]] = {
         **{"methods": [("mean",), ("resample",), ("projection", "mean"), ("mean", "projection")], "draws": [2], "c": [1.0]},
         **{"at": ["final"]},
     },
+    Circuit(examples=4): {**DRAWS, "patterns": [("iteration_1",), ("first",)], "by_length": [False]},
+    AttentionMaps(examples=4): {**DRAWS, "length": [4]},
+    Patch(examples=4, patterns=("iteration_1",)): {**DRAWS, "patterns": [("iteration_2",), ()], "other": ["final", "seed"]},
+    Dynamics(examples=4): DRAWS,
 }
 PAIRS = [pytest.param(base, name, v, id=f"{base.kind}-{name}-{v}") for base, c in CASES.items() for name, vs in c.items() for v in vs]
 
@@ -38,9 +44,15 @@ PAIRS = [pytest.param(base, name, v, id=f"{base.kind}-{name}-{v}") for base, c i
 @functools.cache
 def does(instrument: ReplicaInstrument) -> tuple[str, str]:
     """The traced program, and what its rows are called."""
-    shapes = jax.eval_shape(lambda: RUN.model.init(jax.random.key(0), RUN.task.vocab_size, RUN.task.positions))
-    made = jax.make_jaxpr(lambda p, k: instrument.apply(RUN, p, prepare(RUN.task), k))(shapes, jax.random.key(0))
-    return str(made), str({name: layout.columns() for name, layout in instrument.layouts(RUN).items()})
+    run = RUN if isinstance(instrument, (Probe, Ablate)) else ITERATIVE
+    shapes = jax.eval_shape(lambda: run.model.init(jax.random.key(0), run.task.vocab_size, run.task.positions))
+    given = [shapes] * (1 if instrument.partners([], {}) is None else 2)
+
+    def measure(key: Any, params: Any, *other: Any) -> Any:
+        return instrument.apply(run, params, prepare(run.task), key, *other)
+
+    made = jax.make_jaxpr(measure)(jax.random.key(0), *given)
+    return str(made), str({name: layout.columns() for name, layout in instrument.layouts(run).items()})
 
 
 def test_every_field_is_listed():

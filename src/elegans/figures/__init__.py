@@ -1,5 +1,6 @@
 """Figures: rows of a store to a plotly figure, each with a caption that says what is plotted, its unit, n and interval."""
 
+from elegans.figures.attention import attention_map, circuit_curves
 from elegans.figures.catalogue import Catalogue, Facts, Grouping, Tables, catalogue
 from elegans.figures.curves import curves, timeline
 from elegans.figures.effects import Lead, Strip, ablation, lead_forest, leads, strips
@@ -11,7 +12,7 @@ from elegans.figures.style import caption, template
 from elegans.figures.within import within
 
 __all__ = [
-    "Catalogue", "Facts", "Grouping", "Lead", "Strip", "Tables", "ablation", "ablation_figure", "caption", "catalogue", "curves",
-    "features_figure", "lead_forest", "leads", "position_map", "probe_map", "save_paper_figures", "save_quiet_figures", "scaled", "scaling",
-    "scaling_figure", "strips", "template", "timeline", "within",
+    "Catalogue", "Facts", "Grouping", "Lead", "Strip", "Tables", "ablation", "ablation_figure", "attention_map", "caption", "catalogue",
+    "circuit_curves", "curves", "features_figure", "lead_forest", "leads", "position_map", "probe_map", "save_paper_figures",
+    "save_quiet_figures", "scaled", "scaling", "scaling_figure", "strips", "template", "timeline", "within",
 ]  # fmt: skip

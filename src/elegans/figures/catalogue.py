@@ -26,6 +26,8 @@ NEEDED = {
     "positions": ("run", "step", "split", "position", "loss"),
     "probe": ("run", "step", "feature", "site", "family", "layer", "index", "position", "accuracy", "chance"),
     "ablate": ("run", "step", "feature", "method", "direction", "draw", "loss", "exact_match", "base_loss", "base_exact_match"),
+    "attention": ("run", "step", "layer", "head", "query", "key", "query_label", "key_label", "attention"),
+    "circuit": ("run", "step", "pattern", "layer", "head", "length", "attention", "chance", "peakiness", "invariance"),
     "transition": ("run", "feature", "level", "loss_step", "feature_step", "lead"),
     "lead": ("group", "feature", "runs", "of", "mean", "low", "high", "verdict"),
     "change": ("group", "task", "curve", "runs", "of", "flops", "flops_low", "flops_high", "missing"),

@@ -112,7 +112,7 @@ def probe_maps(rows: pa.Table) -> ProbeMaps:
     untrained = panel("untrained", steps[-1])
     if np.isnan(untrained).all() and steps[0] == 0:
         untrained = panel("accuracy", 0)
-    panels = [(f"step {style.compact(s)}", panel("accuracy", s)) for s in _pick(steps)]
+    panels = [(f"step {style.compact(s)}", panel("accuracy", s)) for s in pick(steps)]
     panels += [("untrained", untrained), ("random labels", panel("control", steps[-1])), ("chance", panel("chance", steps[-1]))]
     chance = data["chance"][~np.isnan(data["chance"].astype(float))]
     low = float(np.floor(10 * chance.min() + 1e-6) / 10) if len(chance) else 0.0
@@ -138,7 +138,7 @@ def _covered(data: dict[str, np.ndarray]) -> list[int]:
     return [int(s) for s in steps[2 * most >= most.max()]]
 
 
-def _pick(steps: list[int]) -> list[int]:
+def pick(steps: list[int]) -> list[int]:
     """A few steps, evenly spaced among those after 0, the last among them."""
     trained = [s for s in steps if s > 0] or steps
     return [trained[i] for i in sorted({round(x) for x in np.linspace(0, len(trained) - 1, min(MAPS, len(trained)))})]

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from elegans.figures import queries, style
+from elegans.figures.attention import AttentionGrid, attention_grid
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
 from elegans.figures.curves import MANY, UNITS, Series, band, series, y_range
 from elegans.figures.effects import EFFECTS, Lead, Strip, fields_first, jitter, leads, strip_colour, strips
@@ -62,6 +63,9 @@ def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Figure]:
     if "ablate" in tables.names:
         where = queries.among(runs.learned, len(runs.facts)) if runs.learned else "true"
         drawn["ablation"] = ablation(strips(tables.ask(queries.ablation(where))), "exact_match")
+    if "attention" in tables.names:
+        measured = [run for run in (*runs.learned, *runs.facts) if tables.ask(queries.attention(run)).num_rows]
+        drawn |= {"attention": attention_map(attention_grid(tables.ask(queries.attention(measured[0]))))} if measured else {}
     return drawn
 
 
@@ -129,6 +133,28 @@ def probe_map(maps: ProbeMaps, feature: str) -> Figure:
             axes.text(0.5, 0.5, "not\nmeasured", transform=axes.transAxes, ha="center", va="center", fontsize=6)
     figure.supxlabel(f"bit of {feature}", fontsize=8)
     figure.colorbar(image, ax=list(grid[0]), label="probe accuracy", pad=0.01, aspect=15)
+    return figure
+
+
+def attention_map(made: AttentionGrid) -> Figure:
+    """Attention of every head of one run: the first that learned, where one did."""
+    down, across = len(made.rows), len(made.columns)
+    side = min((WIDTH - 1) / across, 2.0)  # inches
+    figure, grid = _blank(0.45 + down * (side + 0.05), nrows=down, ncols=across, sharex=True, sharey=True, squeeze=False)
+    figure.set_figwidth(min(WIDTH, 1.2 + across * side))
+    ticks = made.ticks(int(side / 0.075))
+    labels, size = [made.labels[t] for t in ticks], min(6.5, 60 * side / len(ticks))
+    for (i, j), axes in np.ndenumerate(grid):
+        axes.set_facecolor("#DDDDDD")
+        image = axes.imshow(np.ma.masked_invalid(made.maps[i][j]), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+        axes.set_xticks(ticks, labels, fontsize=size, rotation=90)
+        axes.set_yticks(ticks, labels, fontsize=size)
+        axes.tick_params(length=1.5)
+        if i == 0:
+            axes.set_title(made.columns[j], fontsize=7)
+        if j == 0:
+            axes.set_ylabel(made.rows[i], fontsize=7)
+    figure.colorbar(image, ax=grid.ravel().tolist(), label="attention", pad=0.01, aspect=15 * down)
     return figure
 
 

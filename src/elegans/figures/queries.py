@@ -17,6 +17,8 @@ select feature, arg_max(site, mean) as site
 from (select feature, site, avg(accuracy) as mean from ends group by feature, site)
 group by feature order by feature"""
 
+PATTERNS = "select distinct pattern from circuit order by pattern"
+
 
 def quoted(value: str) -> str:
     """A string literal of SQL."""
@@ -64,6 +66,21 @@ def ablation(where: str = "true") -> str:
 from ablate where {where}
 qualify step = max(step) over (partition by run, feature, method)
 order by feature, method, direction, run, draw"""
+
+
+def attention(run: str) -> str:
+    """The maps of one run."""
+    return f"""select step, layer, head, query, key, query_label, key_label, attention, length
+from attention where run = {quoted(run)} order by step, layer, head, query, key"""
+
+
+def circuit(pattern: str, where: str) -> str:
+    """Scores of each run and head against a pattern, mean over lengths of at least 4 where there are any."""
+    return f"""select run, step, layer, head, avg(attention) as attention, avg(peakiness) as peakiness,
+  avg(invariance) as invariance, avg(chance) as chance
+from (select * from circuit where pattern = {quoted(pattern)} and {where}
+  qualify coalesce(length >= 4, true) or max(length) over (partition by run) < 4)
+group by run, step, layer, head order by run, step, layer, head"""
 
 
 def loss_curves(where: str) -> str:

@@ -71,11 +71,22 @@ class ReplicaInstrument(Instrument):
 
     @abc.abstractmethod
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
-        """Measure one network: arrays by block and column name. `key` is the run's, the same at every step."""
+        """Measure one network: arrays by block and column name. `key` is the run's, the same at every step.
+
+        An instrument with `partners` gets the weights of another network as well, as the keyword `other`.
+        """
 
     @abc.abstractmethod
     def layouts(self, run: Run) -> dict[str, Layout]:
         """What the axes of each block's arrays mean."""
+
+    def partners(self, networks: Sequence[tuple[str, int]], runs: dict[str, Run]) -> list[int | None] | None:
+        """For every network of the cohort, (run, step), the index of the one that it is measured against.
+
+        An entry is None where there is none (its weights are NaN then), and the whole where the instrument needs no other.
+        """
+        del networks, runs
+        return None
 
     def finish(self, table: pa.Table) -> pa.Table:
         """Last touch on a cohort's rows, such as a column that compares steps."""
@@ -105,11 +116,13 @@ class ReplicaInstrument(Instrument):
             return
         first = resolve(next(iter(runs.values())))
         layouts = self.layouts(first)
+        partners = self.partners([(i, step) for i, step, _ in networks], runs)
         size, program = min(len(networks), AT_ONCE), None
         start = 0
         while start < len(networks):
             batch = networks[start : start + size]
-            stacked, vectors, data, axes = _stacked(runs, batch + batch[-1:] * (size - len(batch)))
+            stacked, own, data, axes = _stacked(runs, batch + batch[-1:] * (size - len(batch)))
+            vectors = own, *_others(networks, partners, start, own)
             if program is None:
                 spread = Spread(devices_for(choose(), size), size)
                 one = jax.vmap(self._one, (0, 0, axes), axis_name="replica")
@@ -124,8 +137,10 @@ class ReplicaInstrument(Instrument):
             listener("measured", (start, len(networks)))
             yield from (_table(batch, layouts[name], arrays) for name, arrays in blocks.items())
 
-    def _one(self, run: Run, vector: Float[Array, " parameter"], data: TaskData) -> Blocks:
-        return self.apply(run, params_of(run, vector), data, key_for(run.data_seed, Purpose.INSTRUMENT))
+    def _one(self, run: Run, vectors: tuple[Float[Array, " parameter"], ...], data: TaskData) -> Blocks:
+        params, *other = (params_of(run, v) for v in vectors)
+        given = {"other": other[0]} if other else {}
+        return self.apply(run, params, data, key_for(run.data_seed, Purpose.INSTRUMENT), **given)
 
 
 @spec
@@ -171,6 +186,22 @@ def _stacked(runs: dict[str, Run], networks: Sequence[tuple[str, int, np.ndarray
     chosen = [runs[i] for i, _, _ in networks]
     data, axes = share(chosen)
     return stack(chosen), np.stack([vector for _, _, vector in networks]), data, axes
+
+
+def _others(
+    networks: Sequence[tuple[str, int, np.ndarray]],
+    partners: list[int | None] | None,
+    start: int,
+    own: Float[np.ndarray, "network parameter"],
+) -> list[Float[np.ndarray, "network parameter"]]:
+    """The weights of the partners of a batch that begins at `start`, in the shape of its own: one array, or none."""
+    if partners is None:
+        return []
+    other = np.full_like(own, np.nan)
+    for i, j in enumerate(partners[start : start + len(own)]):
+        if j is not None:
+            other[i] = networks[j][2]
+    return [other]
 
 
 def _table(batch: Sequence[tuple[str, int, np.ndarray]], layout: Layout, arrays: dict[str, np.ndarray]) -> pa.Table:

@@ -86,9 +86,15 @@ def _sections(tables: Tables, runs: Catalogue, found: list[Lead], grid: list[Sca
         Section("Learning", panels.curve_panels(tables, runs) if "metrics" in names else []),
         Section("Positions", panels.position_panel(tables, runs, by) if "positions" in names else []),
         Section("Probes", [*panels.timeline_panel(tables, runs, by), *panels.probe_panels(tables, runs, by)] if "probe" in names else []),
+        Section("Attention", _attention(tables, runs, by)),
         Section("Ablation", panels.ablation_panel(tables, runs) if "ablate" in names else []),
     ]
     return [section for section in sections if section.panels]
+
+
+def _attention(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]:
+    scores = panels.circuit_panel(tables, runs) if "circuit" in tables.names else []
+    return [*scores, *(panels.attention_panel(tables, runs, by) if "attention" in tables.names else [])]
 
 
 def _study(store: Store, runs: Catalogue, answer: list[str], judged: bool) -> dict[str, Any]:

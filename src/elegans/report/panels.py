@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from elegans.figures import effects, queries, style
+from elegans.figures import attention, effects, queries, style
 from elegans.figures.catalogue import Catalogue, Tables
 from elegans.figures.curves import MANY, UNITS, curves, series, timeline
 from elegans.figures.effects import Lead
@@ -18,6 +18,7 @@ from elegans.report.words import the
 MOST_FIELDS = 6  # to colour curves by
 MOST_GROUPS = 8  # offered as a mean of their own
 SINGLE, SINGLE_OF_MANY = 12, 6  # runs offered one by one
+DRAWN = 4  # runs whose attention is drawn: maps are large
 SPLITS = {"validation": "validation", "train": "training", "test": "test"}
 
 
@@ -122,6 +123,30 @@ def probe_panels(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]
         if made:
             panels.append(Panel(f"Where {the(feature)} can be read", made[0][1], [(label, figure) for label, _, figure in made]))
     return panels
+
+
+def attention_panel(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]:
+    """Attention maps of a few runs, one by one: heads of different runs are not the same heads."""
+    made: list[tuple[str, str, go.Figure]] = []
+    for view in [v for v in views(runs, by) if len(v.runs) == 1]:
+        query = queries.attention(view.runs[0])
+        rows = tables.ask(query)
+        if rows.num_rows and len(made) < DRAWN:
+            made.append((view.label, query, attention.attention_map(rows, view.who)))
+    return [Panel("Where heads look", made[0][1], [(label, figure) for label, _, figure in made])] if made else []
+
+
+def circuit_panel(tables: Tables, runs: Catalogue) -> list[Panel]:
+    """Every head against every pattern, of the runs that learned (of all, where none did)."""
+    view = views(runs, None)[:1]
+    where = queries.among(view[0].runs, len(runs.facts)) if view else "true"
+    choices, first = [], ""
+    for name in sorted(tables.ask(queries.PATTERNS)["pattern"].to_pylist(), key=lambda n: not n.startswith("iteration")):
+        rows = tables.ask(queries.circuit(name, where))
+        first = first or queries.circuit(name, where)
+        found = [score for score in attention.SCORES if rows.num_rows and rows[score].null_count < rows.num_rows]
+        choices += [(f"{name}, {s}", attention.circuit_curves(rows, name, s, view[0].who if view else "all")) for s in found]
+    return [Panel("Which head follows which pattern", first, choices)] if choices else []
 
 
 def timeline_panel(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]:
