@@ -11,6 +11,7 @@
         metrics.parquet, positions.parquet  the same, merged, once the cohort is finished
         weights-<step>.safetensors       recorded parameters, stacked over replicas
         state-<step>.safetensors         parameters and optimiser: to resume from, and the final ones
+      parts-<step>.json                digests of the rows that go with a state, until the cohort is finished
         status.json                      step, finished, diverged runs, whether it was recompiled
         timings.jsonl                    wall-clock, apart from everything reproducible
       rows/<instrument>/<cohort>.parquet what instruments measured
@@ -250,7 +251,7 @@ class Cohort:
 
     def tidy(self) -> None:
         """Remove what a finished cohort needs no more: merged parts, files of a write that was cut short."""
-        for pattern in (".*.tmp", *(f"{table}-*.parquet" for table in TABLES)):
+        for pattern in (".*.tmp", "parts-*.json", *(f"{table}-*.parquet" for table in TABLES)):
             for path in self.path.glob(pattern):
                 path.unlink()
 
@@ -283,12 +284,12 @@ class Cohort:
         """The newest undamaged checkpoint whose metrics are all there; warns of every one that is passed over."""
         for path in sorted(self.path.glob("state-*.safetensors"), reverse=True):
             try:
-                arrays, notes = read_arrays(path)
-                for name, digest in json.loads(notes["parts"]).items():
+                arrays, _ = read_arrays(path)
+                for name, digest in json.loads(_parts(path).read_text()).items():
                     if not (self.path / name).exists() or file_digest(self.path / name) != digest:
                         raise StoreError(f"{self.path / name}: missing or damaged")
                 return _step(path), arrays
-            except StoreError as error:
+            except (StoreError, OSError, json.JSONDecodeError) as error:
                 warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
         return None
 
@@ -299,6 +300,11 @@ class Cohort:
 
 def _step(path: Path) -> int:
     return int(re.findall(r"\d+", path.stem)[-1])
+
+
+def _parts(state: Path) -> Path:
+    """Where the digests of the rows that go with a state are."""
+    return state.with_name(f"parts-{_step(state):010d}.json")
 
 
 class Writer:
@@ -312,7 +318,7 @@ class Writer:
         self.rows: dict[str, list[dict[str, np.ndarray]]] = {table: [] for table in TABLES}
         for path in cohort.path.glob(".*.tmp"):
             path.unlink()
-        for path in [p for pattern in ("*-*.parquet", "state-*", "weights-*") for p in cohort.path.glob(pattern)]:
+        for path in [p for pattern in ("*-*.parquet", "parts-*", "state-*", "weights-*") for p in cohort.path.glob(pattern)]:
             if _step(path) > step or (step == 0 and path.suffix == ".parquet"):
                 path.unlink()
         self.digests = {p.name: file_digest(p) for table in TABLES for p in cohort.parts(table)}
@@ -337,7 +343,8 @@ class Writer:
                 self.digests[path.name] = file_digest(path)
                 parts.clear()
         state = self.cohort.path / f"state-{event.step:010d}.safetensors"
-        write_arrays(state, state_to_arrays(self.run, event.states), {"parts": json.dumps(self.digests, sort_keys=True)})
+        write_json(_parts(state), self.digests)  # apart from the state, whose bytes do not hang on when others were written
+        write_arrays(state, state_to_arrays(self.run, event.states), {})
         self.step = event.step
         self.close(event.states.diverged)
 
@@ -350,6 +357,7 @@ class Writer:
         finished = self.step == max(self.stops)
         for path in passing if finished else passing[:-2]:
             path.unlink()
+            _parts(path).unlink(missing_ok=True)
         now = {self.lines[slot]["run"]: int(at) for slot, at in enumerate(diverged) if at >= 0}
         if finished:
             self._merge()

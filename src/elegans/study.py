@@ -31,6 +31,7 @@ from elegans.training.run import Run
 from elegans.training.train import Checkpoint, Compiled, Progress, train_cohort
 
 Listener = Callable[[str, Any], None]  # (stage, detail)
+CHECKPOINT_SHARE = 0.05  # of the time may go into writing states to resume from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,16 +211,23 @@ def _train(cohort: Cohort, planned: CohortPlan, ahead: Ahead, until: float, list
         states = arrays_to_state(cohort.first(), arrays, Programs(planned.runs[:size], ahead.device, planned.devices).states_like)
         writer.close(states.diverged)
     listener("cohort", (cohort, planned, step))
+    rest = 0.0  # no checkpoint before then, but for those that hold the last state of some run
+    ends = {s.stop for s in planned.segments}
     began, spent = time.perf_counter(), dict.fromkeys(("training", "compiling", "ahead"), 0.0)
     for event in train_cohort(planned, ahead, step, states):
+        late, now = time.monotonic() > until, time.monotonic()
+        if isinstance(event, Checkpoint) and not (late or now > rest or event.step in ends):
+            continue
         writer.write(event)
-        if isinstance(event, Progress):
+        if isinstance(event, Checkpoint):
+            rest = time.monotonic() + (time.monotonic() - now) / CHECKPOINT_SHARE
+        elif isinstance(event, Progress):
             spent["training"] += event.seconds
         elif isinstance(event, Compiled):
             spent["compiling"] += event.seconds
             spent["ahead"] += event.ahead
         listener("event", event)
-        if isinstance(event, Checkpoint) and time.monotonic() > until:
+        if isinstance(event, Checkpoint) and late:
             break
     record = {"from_step": step, "steps": cohort.status()["step"] - step, "seconds": time.perf_counter() - began, **spent}
     with (cohort.path / "timings.jsonl").open("a", encoding="utf-8") as file:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-NEWTON_STEPS = 15  # the gradient of every probe tested is below 1e-3 of its start by then
+FACTORS, STEPS = (
+    8,
+    2,
+)  # a factor of the curvature serves two steps: as near to the optimum as 15 steps with one each, for two thirds of the time
 HALVINGS = (1.0, 0.5, 0.25, 0.0625, 0.0)  # step lengths tried by the line search
 REFINEMENTS = 3  # of a least-squares solution: the factor is damped, the residual is not
 DAMPING = (5e-7, 5e-5)  # of the whole curvature: a few roundings of float32; more where deficient rank leaves no factor with that
@@ -35,20 +39,24 @@ def fit_logistic(x: Float[Array, "n d"], y: Float[Array, " n"], counted: Float[A
     def losses(beta: Float[Array, " d1"], score: Float[Array, " n"]) -> Float[Array, ""]:
         return (counted * (jax.nn.softplus(score) - y * score)).sum() + 0.5 * (penalty * beta * beta).sum()
 
-    def newton(_: Int[Array, ""], now: tuple[Array, Array]) -> tuple[Array, Array]:
+    def stepped(now: tuple[Array, Array], solve: Any) -> tuple[Array, Array]:
         beta, score = now
-        p = jax.nn.sigmoid(score)
-        gradient = design.T @ (counted * (p - y)) + penalty * beta
-        curvature = counted * jnp.maximum(p * (1 - p), 1e-6)
-        direction = _solver((design * curvature[:, None]).T @ design, penalty)(gradient)
+        gradient = design.T @ (counted * (jax.nn.sigmoid(score) - y)) + penalty * beta
+        direction = solve(gradient)
         along = design @ direction
         values = jnp.stack([losses(beta - s * direction, score - s * along) for s in HALVINGS])
         step = jnp.asarray(HALVINGS)[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
         return jnp.where(step > 0, beta - step * direction, beta), jnp.where(step > 0, score - step * along, score)
 
+    def newton(_: Int[Array, ""], now: tuple[Array, Array]) -> tuple[Array, Array]:
+        p = jax.nn.sigmoid(now[1])
+        curvature = counted * jnp.maximum(p * (1 - p), 1e-6)
+        solve = _solver((design * curvature[:, None]).T @ design, penalty)
+        return functools.reduce(lambda at, _: stepped(at, solve), range(STEPS), now)
+
     with jax.default_matmul_precision("highest"):
         start = jnp.zeros(design.shape[1]), jnp.zeros(design.shape[0])
-        beta, _ = jax.lax.fori_loop(0, NEWTON_STEPS, newton, start)
+        beta, _ = jax.lax.fori_loop(0, FACTORS, newton, start)
         score = design @ beta
         b = beta[-1] - mean @ beta[:-1]
     nats = (counted * (jax.nn.softplus(score) - y * score)).sum() / jnp.maximum(counted.sum(), 1)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -77,10 +77,11 @@ class Scaling(StoreInstrument):
 
     Table `scaling_fit`, a row per task and quantity, with bootstrap intervals over seeds (every configuration's seeds drawn
     again, the best one chosen again): `leaves`, FLOPs at which the curve has fallen by `share` of the way from plateau to
-    floor for good; `half`, the same half-way; `slope`, b of loss - floor = a * FLOPs^-b beyond `leaves`; `break`, FLOPs at the
-    break of a broken power law, `slope_before` and `slope_after` it. Missing where the budgets do not reach it.
+    floor for good; `half`, the same half-way; `solved`, FLOPs at which exact match passes one half for good; `slope`, b of
+    loss - floor = a * FLOPs^-b beyond `leaves`; `break`, FLOPs at the break of a broken power law, `slope_before` and
+    `slope_after` it. Missing where the budgets do not reach it.
 
-    The value of `leaves` and `half` is interpolated between two budgets on a logarithmic axis, but the curve may fall anywhere
+    The value of these three crossings is interpolated between two budgets on a logarithmic axis, but the curve may fall anywhere
     between them: their interval goes from the bootstrap quantile of the budget before the crossing to that of the
     budget after it, so that it always includes the bracket. A bound is null where it lies beyond the budgets.
     """
@@ -111,39 +112,40 @@ class Scaling(StoreInstrument):
     def _fits(self, mine: dict[float, dict[str, list[Ended]]], floor: float | None, plateau: float | None) -> list[dict[str, Any]]:
         rng, flops = np.random.default_rng(0), list(mine)
 
-        def curve(again: bool) -> list[float]:
-            return [float(np.mean([r.test for r in chosen(resampled(c, rng) if again else c)])) for c in mine.values()]
+        def curve(again: bool) -> _Curve:
+            runs = [chosen(resampled(c, rng) if again else c) for c in mine.values()]
+            means = [(float(np.mean([r.test for r in rs])), float(np.mean([r.exact_match for r in rs]))) for rs in runs]
+            return _Curve(*(list(values) for values in zip(*means, strict=True)))
 
         curves = [curve(False), *(curve(True) for _ in range(self.draws))]
-        found, *drawn = [self._facts(flops, losses, floor, plateau) for losses in curves]
+        found, *drawn = [self._facts(flops, one, floor, plateau) for one in curves]
+        rising = [self._rising(one, floor, plateau) for one in curves[1:]]
         rows = []
         for name, value in found.items():
             low = high = None
-            if value is not None and name in self._shares:
-                level = self._level(name, floor, plateau)
-                low, high = bounds([bracket(flops, [-x for x in losses], -level) for losses in curves[1:]], self.confidence)
+            if value is not None and name in rising[0]:
+                low, high = bounds([bracket(flops, *one[name]) for one in rising], self.confidence)
             elif value is not None and all(d[name] is not None for d in drawn):
                 tails = (0.5 - self.confidence / 2, 0.5 + self.confidence / 2)
                 low, high = np.quantile([d[name] for d in drawn], tails)
             rows.append({"quantity": name, "value": value, "low": low, "high": high, "budgets": len(flops)})
         return rows
 
-    @property
-    def _shares(self) -> dict[str, float]:
-        """The part of the way from plateau to floor at each crossing."""
-        return {"leaves": self.share, "half": 0.5}
-
-    def _level(self, name: str, floor: float | None, plateau: float | None) -> float:
-        """The loss at a crossing; not a number where floor or plateau are unknown."""
-        return math.nan if floor is None or plateau is None else plateau - self._shares[name] * (plateau - floor)
-
-    def _facts(self, flops: list[float], loss: list[float], floor: float | None, plateau: float | None) -> dict[str, float | None]:
-        facts: dict[str, float | None] = dict.fromkeys(("leaves", "half", "slope", "break", "slope_before", "slope_after"))
+    def _rising(self, curve: _Curve, floor: float | None, plateau: float | None) -> dict[str, tuple[list[float], float]]:
+        """What rises through which level at each crossing."""
+        solved = {"solved": (curve.exact_match, 0.5)}
         if floor is None or plateau is None:
+            return solved
+        fallen = [(plateau - x) / (plateau - floor) for x in curve.loss]
+        return {"leaves": (fallen, self.share), "half": (fallen, 0.5), **solved}
+
+    def _facts(self, flops: list[float], curve: _Curve, floor: float | None, plateau: float | None) -> dict[str, float | None]:
+        names = ("leaves", "half", "solved", "slope", "break", "slope_before", "slope_after")
+        facts: dict[str, float | None] = dict.fromkeys(names)
+        facts |= {name: crossing(flops, *at) for name, at in self._rising(curve, floor, plateau).items()}
+        if floor is None:
             return facts
-        for name in self._shares:
-            facts[name] = crossing(flops, [-x for x in loss], -self._level(name, floor, plateau))
-        above = [x - floor for x in loss]
+        above = [x - floor for x in curve.loss]
         left = facts["leaves"]
         beyond = [(c, x) for c, x in zip(flops, above, strict=True) if left is not None and c >= left]
         law = power_law(*zip(*beyond, strict=True)) if beyond else None
@@ -152,6 +154,13 @@ class Scaling(StoreInstrument):
         if broken:
             facts |= dict(zip(("slope_before", "break", "slope_after"), broken, strict=True))
         return facts
+
+
+class _Curve(NamedTuple):
+    """What the chosen configurations reach on test rows, by budget."""
+
+    loss: list[float]
+    exact_match: list[float]
 
 
 _FIT = pa.schema(

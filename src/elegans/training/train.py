@@ -37,7 +37,7 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The state of a cohort's first replicas after `step` updates: all that resuming needs."""
+    """The state of a cohort's first replicas after `step` updates: all that resuming needs. Its arrays are good until the next event."""
 
     step: int
     states: State
@@ -171,7 +171,7 @@ class _Segment:
             yield Weights(step, self.ids[kept].tolist(), np.asarray(states.params)[kept])
         last = step == self.segment.stop
         if last or (step > 0 and step % self.plan.checkpoint_every == 0):
-            yield Checkpoint(step, jax.tree.map(np.asarray, states))
+            yield Checkpoint(step, states)
 
     def _evaluation(self, step: int, states: State, part: str, slots: np.ndarray) -> Iterator[Rows]:
         scores = self.programs.evaluate(states.params, part, slots)
