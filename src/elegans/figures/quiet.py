@@ -123,7 +123,9 @@ on l."group" = c."group" and l.feature = c.curve where l.feature = {queries.quot
     untrained = [s for s, step, curve in zip(rows["mean"], rows["step"], rows["curve"], strict=True) if curve == feature and step == 0]
     said = lead.get("loudness") or lead.get("missing") or "undecided"
     lines = (_line(rows, rows["curve"] == curve) for curve in ("loss", feature))
-    note = f"within runs, {lead['group']}, n = {lead['runs']} of {lead['of']}"
+    among = tables.ask(f'select count(distinct "group") as n from course where task = {queries.quoted(task)}').to_pylist()[0]["n"]
+    which = [part for part in lead["group"].split(", ") if not part.startswith("task=") and not part.endswith("=None")]
+    note = ", ".join(["within runs", *(which if among > 1 else []), f"n = {lead['runs']} of {lead['of']}"])
     return Beside(next(lines), next(lines), number(next(iter(untrained), None)), loss, seen, said, note)
 
 
