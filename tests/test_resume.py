@@ -86,6 +86,14 @@ def test_running_again_does_nothing(copy):
     assert files(copy / "store") == before
 
 
+def test_an_answer_written_by_hand_stays(copy):
+    noted = copy / "store" / "study.json"
+    noted.write_text(json.dumps(json.loads(noted.read_text()) | {"answer": "It does."}))
+    forget()
+    assert elegans("run", copy / "scaled_study.py", "--store", copy / "store").status == 0
+    assert json.loads(noted.read_text())["answer"] == "It does."
+
+
 def test_more_runs_form_a_new_cohort(copy):
     forget()
     assert elegans("run", copy / "scaled_study.py", "seed=0..2", "--store", copy / "store").status == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import textwrap
@@ -12,19 +13,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from elegans.files import file_digest
 from elegans.specs import Spec
 
 NUMERICS = 3  # raised by every change of elegans that changes the numbers of an unchanged run
 
 
-def classes(spec: Spec) -> Iterator[type]:
-    """The class of a spec and of every spec inside it, with their bases."""
-    yield from type(spec).__mro__
+def within(spec: Spec) -> Iterator[Spec]:
+    """A spec and every spec inside it."""
+    yield spec
     for info in spec.infos.values():
         inner = getattr(spec, info.name)
         for item in inner if isinstance(inner, tuple) else (inner,):
             if isinstance(item, Spec):
-                yield from classes(item)
+                yield from within(item)
+
+
+def classes(spec: Spec) -> Iterator[type]:
+    """The class of a spec and of every spec inside it, with their bases."""
+    return (cls for inner in within(spec) for cls in type(inner).__mro__)
 
 
 def is_custom(thing: Any) -> bool:
@@ -81,23 +88,30 @@ class Mismatch:
     """A stored run whose code is not today's."""
 
     run: str
-    name: str  # the class, or "elegans" for its numerics version
+    what: str
 
     def __str__(self) -> str:
-        what = "elegans' numerics version" if self.name == "elegans" else f"class {self.name}"
-        return f"run {self.run} was trained with another {what}: undo the change, use another --store, or retrain with --again"
+        return f"run {self.run} was trained with another {self.what}: undo the change, use another --store, or retrain with --again"
 
 
 def compare(run: str, stored: dict[str, Any], today: dict[str, Any]) -> Mismatch | None:
-    """The first difference between stored and today's fingerprints (`numerics` and `classes`), if any."""
+    """The first difference between stored and today's fingerprints (`numerics`, `classes` and `files`), if any."""
     if stored["numerics"] != today["numerics"]:
-        return Mismatch(run, "elegans")
-    for name, digest in today["classes"].items():
-        if stored["classes"].get(name) != digest:
-            return Mismatch(run, name)
+        return Mismatch(run, "elegans' numerics version")
+    for kind, name in (("classes", "class"), ("files", "file")):
+        for which, digest in today.get(kind, {}).items():
+            if stored.get(kind, {}).get(which) != digest:
+                return Mismatch(run, f"{name} {which}")
     return None
 
 
 def code_of(spec: Spec) -> dict[str, Any]:
-    """What to store of the code behind a run."""
-    return {"numerics": NUMERICS, "classes": fingerprints(spec)}
+    """What to store of the code behind a run, and of the files that it reads."""
+    files = {name: _digest(name, Path(name).stat().st_mtime_ns) for inner in within(spec) for name in inner.files() if Path(name).is_file()}
+    return {"numerics": NUMERICS, "classes": fingerprints(spec), **({"files": files} if files else {})}
+
+
+@functools.lru_cache
+def _digest(name: str, changed: int) -> str:
+    del changed  # a file that was written again is read again
+    return file_digest(Path(name))

@@ -130,7 +130,7 @@ def _info(cls: type) -> dict[str, FieldInfo]:
 
 
 class Spec:
-    """Base of every spec. Subclass it with `@spec`; override `check` to refuse contradictions."""
+    """Base of every spec. Subclass it with `@spec`; override `check` to refuse contradictions, `files` to name what it reads."""
 
     kind: typing.ClassVar[str]
     infos: typing.ClassVar[dict[str, FieldInfo]]
@@ -145,6 +145,9 @@ class Spec:
 
     def check(self) -> None:
         """Raise `Invalid` where fields contradict each other. Sees plain Python values only."""
+
+    def files(self) -> tuple[str, ...]:
+        return ()
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field, varies, structure, note))

@@ -82,7 +82,9 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
     if not study.runs:
         raise Invalid("runs", [], "a study needs at least one run")
     store = train(study.runs, path, listener=listener, **options)
-    write_json(store.path / "study.json", {"name": study.name, "question": study.question})
+    noted = store.path / "study.json"
+    before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}  # an answer written by hand stays
+    write_json(noted, before | {"name": study.name, "question": study.question})
     for instrument in study.instruments:
         measure(instrument, store, listener=listener)
     listener("report", store.path)

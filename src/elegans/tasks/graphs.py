@@ -231,6 +231,9 @@ class GraphTask(Task):
     def _pairs(self) -> int:
         return math.comb(self.vertices, 2)
 
+    def files(self) -> tuple[str, ...]:
+        return () if self.graphs is None else (self.graphs,)
+
     def prepare(self) -> Any:
         return () if self.graphs is None else graph6.read(self.graphs, self.vertices)
 
