@@ -2,6 +2,8 @@
 
     elegans run quiet_features --max-budget 1e13          # on a GPU
     elegans run quiet_features task=addition --max-budget 1e12
+    elegans run quiet_features --share 1/4 --minutes 9    # one of four GPUs; then `elegans archive` and `elegans merge`
+    elegans run quiet_features.within                     # one setting of each task, probed and ablated as it trains
     elegans run quiet_features --small                    # two CPU cores, about five minutes
 
 Ten algorithmic languages, each trained at 7 widths, 2 depths, 4 learning rates and 2 batch sizes for budgets of 1e9,
@@ -111,6 +113,32 @@ def whole() -> Study:
 def draw(store: str | Path, folder: str | Path) -> list[Path]:
     """The paper's figures from what a store has: scaling 2 x 5, quiet features 2 x 3, loud ones 1 x 4, ablations with their table."""
     return save_quiet_figures(Store(store), folder, [task.kind for task in TASKS], PUBLISHED, QUIET, LOUD)
+
+
+def within(small: bool = False) -> Study:
+    """When do a task's intermediate results become readable while one network trains, and does it use them?
+
+    One setting of each task that is learned within 2e13 FLOPs, weights recorded four times a decade, probed and ablated. Cost: 9
+    structures x 4 runs (8 of addition) x 7,000 to 50,000 steps, and as many programs for probes and ablations: 8 minutes of four H100.
+    """
+    if small:
+        return globals()["small"]
+    recorded = Record(
+        train=LogSpaced(per_decade=10), evaluate=LogSpaced(), weights=LogSpaced(per_decade=4), examples=1000, by_position=False
+    )
+    runs: list[Run] = []
+    for task in (task for task in TASKS if not isinstance(task, Multiplication)):
+        add = isinstance(task, Addition)
+        setting = {"model.d_model": 32, "optim.lr": 1e-2, "flops": 1e12} if add else {"model.d_model": 64, "optim.lr": 1e-3, "flops": 2e13}
+        run = next(configurations(task))
+        for path, value in {**setting, "batch": 8, "record": recorded, "label": "{task} seed={seed}"}.items():
+            run = replace(run, path, value)
+        runs += grid(run, {"seed": range(8 if add else 4)})
+    instruments = (Probe(), Ablate(at="final", draws=16), Transition())
+    return Study(name="quiet_features.within", question=(within.__doc__ or "").splitlines()[0], runs=runs, instruments=instruments)
+
+
+PARTS = {"within": within}
 
 
 def __getattr__(name: str) -> Study:
