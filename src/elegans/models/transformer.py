@@ -287,9 +287,7 @@ class Transformer(Model):
         if isinstance(self.attention, tuple):
             return [self._init_block(k, sizes, mixer) for k, mixer in zip(keys, self.attention, strict=True)]
         mixer = self.attention
-        together = jax.vmap(lambda k: self._init_block(k, sizes, mixer))(
-            keys
-        )  # one by one they compile `layers` times as long
+        together = jax.vmap(lambda k: self._init_block(k, sizes, mixer))(keys)  # one by one they compile `layers` times as long
         return [jax.tree.map(lambda a, i=i: a[i], together) for i in range(self.layers)]
 
     def _init_block(self, key: jax.Array, sizes: Sizes, mixer: Mixer | None) -> Params:
