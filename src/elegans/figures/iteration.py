@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ class Lines:
 
     def crossings(self, level: float) -> list[float | None]:
         """Where each run passes a level for good."""
-        return [crossing(self.x[k].tolist(), v[k].tolist(), level) for v in self.values if (k := np.isfinite(v)).any()]
+        there = np.isfinite(self.values)
+        return [crossing(self.x[k].tolist(), v[k].tolist(), level) for v, k in zip(self.values, there, strict=True)]
 
 
 def lines(store: Store, table: str, value: str, where: str = "true", by: str = "r.label") -> dict[str, Lines]:
@@ -116,10 +117,19 @@ def panels(across: int, height: float = 1.9, down: int = 1, **grid: Any) -> tupl
     return figure, list(figure.subplots(down, across, squeeze=False, **grid).ravel())
 
 
-def draw_lines(axes: Axes, found: Mapping[str, Lines], ylabel: str, xlabel: str, share: bool = True) -> None:
-    """Means with their bands."""
-    colours = style.NAMED if len(found) <= len(style.NAMED) else matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(found)))
-    for colour, (label, each) in zip(colours, found.items(), strict=False):
+def colours(labels: Iterable[str]) -> dict[str, Any]:
+    """A colour for each label."""
+    names = list(labels)
+    shades = style.NAMED if len(names) <= len(style.NAMED) else matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+    return dict(zip(names, shades, strict=False))
+
+
+def draw_lines(
+    axes: Axes, found: Mapping[str, Lines], ylabel: str, xlabel: str, share: bool = True, of: Mapping[str, Any] | None = None
+) -> None:
+    """Means with their bands; colours by label, where other panels have them too."""
+    for label, each in found.items():
+        colour = (of or colours(found))[label]
         low, high = each.mean - each.half, each.mean + each.half
         cut = (0, 1) if share else (-np.inf, np.inf)
         axes.fill_between(each.x, np.clip(low, *cut), np.clip(high, *cut), color=colour, alpha=0.2, linewidth=0)
@@ -163,36 +173,29 @@ def emergence(store: Store) -> Drawn:
     exact = lines(store, "metrics", "max(exact_match)", "split = 'validation'")
     last = f"{FETCH} and m.layer = (select max(layer) from circuit c where c.run = m.run)"
     peaked = lines(store, "circuit", "avg(peakiness)", last)
-    xlabel = moment(store)[1]
-    draw_lines(axes[0], exact, "exact match", xlabel)
-    draw_lines(axes[1], peaked, "peakiness, last layer", xlabel)
-    axes[0].legend(loc="best")
-    pairs = half_ways(exact, peaked)
-    for colour, (label, found) in zip(style.NAMED, pairs.items(), strict=False):
-        if found:
-            axes[2].plot(*zip(*found, strict=True), ".", color=colour, label=label)
-    known = [a - b for found in pairs.values() for a, b in found]
-    ends = [value for found in pairs.values() for pair in found for value in pair]
-    if ends:
-        axes[2].axline((min(ends), min(ends)), slope=1, color=style.GREY, linewidth=0.8)
-        axes[2].set_title(f"accuracy after the head by\n{_interval(known)} {xlabel}s", fontsize=6.5)
-    axes[2].set_xlabel(f"{xlabel}, exact match half-way")
-    axes[2].set_ylabel(f"{xlabel}, peakiness half-way")
+    (_, unit), of, pairs = moment(store), colours(exact), half_ways(exact, peaked)
+    draw_lines(axes[0], exact, "exact match", unit, of=of)
+    draw_lines(axes[1], peaked, "peakiness of the last layer", unit, of=of)
+    axes[0].legend(loc="best", fontsize=5.5)
+    for label, found in pairs.items():
+        axes[2].plot([a for a, _ in found], [b for _, b in found], ".", color=of[label])
+    known = [pair for found in pairs.values() for pair in found]
+    if known:
+        axes[2].axline((min(map(min, known)),) * 2, slope=1, color=style.GREY, linewidth=0.8)
+        later = _interval([a - b for a, b in known])
+        axes[2].set_title(f"after the head by\n{later} {unit}s", fontsize=6.5)
+    axes[2].set(xlabel=f"exact match 0.5 ({unit})", ylabel=f"peakiness 0.5 ({unit})")
     return figure, summary(exact_match=exact, peakiness=peaked)
 
 
 def half_ways(exact: Mapping[str, Lines], peaked: Mapping[str, Lines]) -> dict[str, list[tuple[float, float]]]:
-    """Of every run that gets there, where its exact match and its peakiness are half-way from their first to the value 1."""
+    """Of every run that gets there, where its exact match and its peakiness pass 0.5 for good."""
     made: dict[str, list[tuple[float, float]]] = {}
     for label in (label for label in exact if label in peaked):
-        halves = [dict(zip(each.runs, _half_way(each), strict=True)) for each in (exact[label], peaked[label])]
-        both = [(halves[0][run], halves[1].get(run)) for run in halves[0]]
+        accuracy, head = (dict(zip(each.runs, each.crossings(0.5), strict=True)) for each in (exact[label], peaked[label]))
+        both = [(accuracy[run], head.get(run)) for run in accuracy]
         made[label] = [(a, b) for a, b in both if a is not None and b is not None]
     return made
-
-
-def _half_way(each: Lines) -> list[float | None]:
-    return [crossing(each.x.tolist(), np.nan_to_num(v).tolist(), (1 + np.nan_to_num(v[0])) / 2) for v in each.values]
 
 
 def _interval(values: Sequence[float]) -> str:
