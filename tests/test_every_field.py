@@ -211,6 +211,7 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
         "seed": [(BASE, based(seed=1)), (based(data_seed=0, init_seed=0), based(seed=1, data_seed=0, init_seed=0))],
         "data_seed": [(BASE, based(data_seed=1))],
         "init_seed": [(BASE, based(init_seed=1))],
+        "trained": [(BASE, based(trained=globs)) for globs in (("blocks.*",), ("!blocks.*",))],
         "update": [(BASE, based(update=Doubled()))],
         "record": [(BASE, based(record=Record()))],
         "label": [],  # a note: see below

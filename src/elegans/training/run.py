@@ -98,6 +98,9 @@ class Run(Spec):
     seed: int = varies(0, "seed of everything random", ge=0)
     data_seed: int | None = varies(None, "seed of the data; none: the run's", ge=0)
     init_seed: int | None = varies(None, "seed of the initial weights; none: the run's", ge=0)
+    trained: tuple[str, ...] | None = field(
+        None, "globs of the weights that are trained, such as blocks.1.mlp.*, and of some that are not, such as !pos_embed.*; none: all are"
+    )
     update: Update = field(Update(), "one training step: loss, gradients, metrics")
     record: Record = field(Record(), "what to record, and when")
     label: str | None = note(None, "name shown for the run, such as lr={optim.lr}")
@@ -113,6 +116,8 @@ class Run(Spec):
             raise Invalid("order", self.order, "needs a finite training set: give train_set")
         if self.train_set is not None and self.task.scheduled:
             raise Invalid("train_set", self.train_set, f"a {self.task.kind} draws other rows as it goes; use fresh ones")
+        if self.trained == ():
+            raise Invalid("trained", [], "allowed: one glob or more; none: every weight")
         if self.length >= INT_LIMIT:
             raise Invalid(given[0], lengths[given[0]], f"allowed: what makes fewer than {INT_LIMIT} steps")
         if self.train_set is not None and self.length * self.batch >= INT_LIMIT:
