@@ -19,10 +19,10 @@ from jax.extend import core as jex
 from elegans.errors import Invalid
 from elegans.sources import code_of
 from elegans.tasks.sampling import prepare
-from elegans.training.cohort import group, traced
+from elegans.training.cohort import group, resolve, traced
 from elegans.training.cost import Rates, flops_per_step, parameters, rates_of
 from elegans.training.run import Run
-from elegans.training.step import advance, draw_data, start
+from elegans.training.step import advance, draw_data, start, trained_of
 
 LARGEST = 1024  # replicas of a cohort; throughput saturates far below
 CHECKPOINTS = 20  # of a cohort, evenly spaced
@@ -175,6 +175,7 @@ def check(run: Run, memory: int) -> int:
     least = 4 * 4 * weights + run.batch * run.task.positions * 4  # weights, gradients, two moments; the batch
     if least > memory:
         raise Invalid("memory", f"{memory:,} bytes", f"one run needs at least {least:,} for its {weights:,} parameters; {SMALLER}")
+    trained_of(resolve(run))
     return traced_bytes(run)
 
 
