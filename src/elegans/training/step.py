@@ -160,8 +160,11 @@ def held(run: Run, params: Any) -> Any:
     return jax.tree.map(lambda trained, w: w if trained else jax.lax.stop_gradient(w), trained_of(run), params)
 
 
-def start(run: Run) -> State:
-    """The untrained run."""
+def start(run: Run, vector: Float[Array, " parameter"] | None = None) -> State:
+    """The untrained run, or one that starts from given parameters: where they are not finite it has diverged at step 0."""
+    if vector is not None:
+        diverged = jnp.where(jnp.isfinite(vector).all(), -1, 0)
+        return State(vector, run.optim.init(vector, shapes_of(run)), diverged.astype(jnp.int32))
     params = initial(run)
     vector = ravel(params)
     return State(vector, run.optim.init(vector, params), jnp.int32(-1))
