@@ -7,7 +7,7 @@ from typing import Any
 
 _HOME = {
     "errors": "Invalid StoreError",
-    "instruments": "Ablate AcrossCompute AttentionMaps Circuit Dynamics Instrument Layout Patch Probe ReplicaInstrument Scaling "
+    "instruments": "Ablate AcrossCompute AttentionMaps Circuit Dynamics Evaluate Instrument Layout Patch Probe ReplicaInstrument Scaling "
     "StoreInstrument Transition graft measure ov qk step_table",
     "models": "ALiBi Attention Component Context FeedForward FixedAttention GivenAttention LayerNorm Learned MLP Mixer Model Norm "
     "Positions RMSNorm Rotary Sinusoidal Sizes SwiGLU Transformer",
