@@ -39,6 +39,7 @@ BAD_FILES = {
     "absurd steps": (GOOD.replace("steps: 10", "steps: 10000000000"), "steps", "10000000000", "<"),
     "absurd length": (GOOD.replace("length: 4", "length: 100000"), "length", "100000", "<= 4096"),
     "empty part": (GOOD.replace("length: 4", "length: 1"), "split", "3 contents", "empty"),
+    "unknown weights": (GOOD + "  trained: [block.*]\n", "trained", "block.*", "blocks.*.attn.W_Q"),
     "epochs of fresh data": (GOOD.replace("steps: 10", "epochs: 3"), "epochs", "3", "train_set"),
 }
 

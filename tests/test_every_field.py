@@ -70,6 +70,8 @@ from elegans import (
     spec,
 )
 from elegans.specs import _KINDS, fill, is_abstract, leaves
+from elegans.store import Cohort
+from elegans.study import _parent
 from elegans.tasks.sampling import prepare
 from elegans.training import ahead, train
 from elegans.training.cohort import Evaluation, draw_held_out, evaluate, resolve, stack
@@ -142,6 +144,7 @@ def iterative(task: IterativeTask) -> dict[str, list[Pair]]:
 SIZED = (ActivitySelection, InnerProduct, LongestCommonSubsequence, Majority, MajorityOfMajority, MaximumSubarray, Sorting)
 SHORT = (BinaryCopy(length=4, split=Split(0.5, 0.25)), Parity(length=5, split=Split(0.5, 0.25)))
 ANY_MIX = {"tag": [True], "split": [Split(0.6, 0.2)]}
+APART = ("label", "after", "after_step")  # a note, and what decides the weights that the engine is given: see the end
 CASES: dict[type[Spec], dict[str, list[Pair]]] = {
     Addition: at("task", {"length": [4], "cot": [True], "inputs": ["msb"], "outputs": ["msb"], "split": [None, Split(0.8, 0.1)]}),
     **{kind: iterative(kind(length=5, shortest=2)) for kind in (Parity, BinaryCopy)},
@@ -211,9 +214,10 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
         "seed": [(BASE, based(seed=1)), (based(data_seed=0, init_seed=0), based(seed=1, data_seed=0, init_seed=0))],
         "data_seed": [(BASE, based(data_seed=1))],
         "init_seed": [(BASE, based(init_seed=1))],
+        "trained": [(BASE, based(trained=globs)) for globs in (("blocks.*",), ("!blocks.*",))],
         "update": [(BASE, based(update=Doubled()))],
         "record": [(BASE, based(record=Record()))],
-        "label": [],  # a note: see below
+        **{name: [] for name in APART},
     },
 }
 LISTED = [(f"{cls.kind}.{name}", pair) for cls, by in CASES.items() for name, pairs in by.items() for pair in pairs]
@@ -243,7 +247,7 @@ def test_every_field_of_every_spec_is_listed() -> None:
         assert cls in CASES, f"say in CASES what the fields of {cls.__name__} change"
         missing = set(cls.infos) - set(CASES[cls])
         assert not missing, f"say in CASES what {sorted(missing)} of {cls.__name__} change"
-        assert all(pairs or name == "label" for name, pairs in CASES[cls].items())
+        assert all(pairs or name in APART for name, pairs in CASES[cls].items())
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
@@ -410,3 +414,25 @@ def test_a_label_changes_what_is_shown_and_nothing_else() -> None:
     assert fill(named.label, named) == "lr=0.1, swiglu"
     assert named.id == BASE.id and resolve(named) == resolve(BASE)
     assert jax.tree.structure(named) == jax.tree.structure(BASE)
+
+
+PARENTS = [based(record=Record(weights=Every(3)), seed=seed) for seed in (0, 1)]
+
+
+class Kept(Cohort):
+    """Stands for the parents' cohort: instead of weights it keeps whose they are, and of which step."""
+
+    id = "kept"
+
+    def __init__(self):
+        pass
+
+    def vectors(self, step):
+        return {parent.id: np.array([parent.seed, step or -1]) for parent in PARENTS}
+
+
+def test_a_parent_and_its_step_decide_the_weights_that_a_run_starts_from() -> None:
+    """The engine knows neither: it is given the weights. What is in them, `tests/training/test_after.py` tests."""
+    children = [based(after=parent, after_step=step) for parent in PARENTS for step in (None, 3)]
+    assert len({run.id for run in [BASE, *children]}) == 5 and {resolve(run) for run in children} == {resolve(BASE)}
+    assert [_parent(Kept(), run, {}).tolist() for run in children] == [[0, -1], [0, 3], [1, -1], [1, 3]]

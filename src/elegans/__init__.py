@@ -7,7 +7,7 @@ from typing import Any
 
 _HOME = {
     "errors": "Invalid StoreError",
-    "instruments": "Ablate AcrossCompute AttentionMaps Circuit Dynamics Instrument Layout Patch Probe ReplicaInstrument Scaling "
+    "instruments": "Ablate AcrossCompute AttentionMaps Circuit Dynamics Evaluate Instrument Layout Patch Probe ReplicaInstrument Scaling "
     "StoreInstrument Transition graft measure ov qk step_table",
     "models": "ALiBi Attention Component Context FeedForward FixedAttention GivenAttention LayerNorm Learned MLP Mixer Model Norm "
     "Positions RMSNorm Rotary Sinusoidal Sizes SwiGLU Transformer",
@@ -19,7 +19,7 @@ _HOME = {
     "LongestCommonSubsequence Majority MajorityOfMajority MaximumSubarray MinimumSpanningTree Mixture Multiplication Parity Polynomial "
     "Several ShortestPath Sorting Split Task "
     "TopologicalSort",
-    "training": "AdamW At Constant Cosine Every Linear LogSpaced Optimizer Record Run Schedule State Update WSD When",
+    "training": "AdamW At Constant Cosine Every Linear LogSpaced Optimizer Record Run Schedule State Update WSD When follow",
     "types": "Example Trace Truth",
 }
 _WHERE = {name: f"elegans.{module}" for module, names in _HOME.items() for name in names.split()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ RANGE_LIMIT = 1_000_000  # values of one a..b
 
 
 def load_study(name: str, small: bool = False) -> Study:
-    """The study of a `.py` file that defines `study`, a `.yaml` file, or a name that ships. Raises `Invalid`.
+    """The study of a `.py` file that defines `study`, a `.yaml` file, or a name that ships; NAME.PART for a part of one. Raises `Invalid`.
 
     `small` asks for what the file defines as `small`, a version of the study for two CPU cores.
     """
@@ -30,9 +30,19 @@ def load_study(name: str, small: bool = False) -> Study:
         return from_yaml(path)
     if path.suffix == ".py":
         return _checked(load_module(path), str(path), path.stem, small)
-    if name not in studies.names():
+    stem, _, part = name.partition(".")
+    if stem not in studies.names():
         raise Invalid("study", name, f"allowed: a .py or .yaml file, or one of {', '.join(studies.names())}")
-    return _checked(importlib.import_module(f"elegans.studies.{name}"), name, name, small)
+    module = importlib.import_module(f"elegans.studies.{stem}")
+    return _part(module, name, part, small) if part else _checked(module, name, name, small)
+
+
+def _part(module: Any, name: str, part: str, small: bool) -> Study:
+    """A part of a study that ships: its module's `PARTS` maps names to functions that make it, whole or small."""
+    parts: Mapping[str, Callable[[bool], Study]] = getattr(module, "PARTS", {})
+    if part not in parts:
+        raise Invalid("study", name, f"allowed: {', '.join(parts) or 'the study alone, which has no parts'}")
+    return parts[part](small)
 
 
 def load_module(path: Path) -> Any:

@@ -15,6 +15,7 @@ Nested specs are subtrees. Two runs whose trees have the same structure form a c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -113,7 +114,7 @@ def _type_words(t: Any) -> str:
 
 
 def _info(cls: type) -> dict[str, FieldInfo]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, localns={cls.__name__: cls})  # a run may hold another
     infos = {}
     for f in dataclasses.fields(cls):
         hint = hints[f.name]
@@ -363,7 +364,9 @@ def replace(value: T, path: str, new: Any) -> T:
 
 
 def grid(run: T, axes: Mapping[str, Any]) -> list[T]:
-    """Every combination of the axes' values, the last axis fastest: `grid(run, {"optim.lr": [...], "seed": range(4)})`."""
+    """Every combination of the axes' values, the last axis fastest: `grid(run, {"optim.lr": [...], "seed": range(4)})`.
+
+    Fields joined by "+" change together: `{"seed+after.seed": range(4)}`."""
     for path, options in axes.items():
         if isinstance(options, Mapping) or not isinstance(options, Iterable):
             raise Invalid(path, options, "an axis is a list of values")
@@ -374,8 +377,8 @@ def grid(run: T, axes: Mapping[str, Any]) -> list[T]:
     runs = []
     for choice in itertools.product(*values.values()):
         made = run
-        for path, v in zip(values, choice, strict=True):
-            made = replace(made, path, v)
+        for paths, v in zip(values, choice, strict=True):
+            made = functools.reduce(lambda made, path, v=v: replace(made, path, v), paths.split("+"), made)
         runs.append(made)
     return runs
 

@@ -278,6 +278,14 @@ class Cohort:
         ids = [line["run"] for line in lines if line["run"] in found]
         return ids, np.stack([found[i] for i in ids]) if ids else np.empty((0, 0))
 
+    def vectors(self, step: int | None) -> dict[str, np.ndarray]:
+        """Parameters by run, at a recorded step or (none) at the end of each; empty where none were kept, without diverged runs."""
+        if step is not None and step not in self.weight_steps():
+            return {}
+        ids, vectors = self.final() if step is None else self.weights(step)
+        bad = self.status()["diverged"] if step is None else ()
+        return {i: v for i, v in zip(ids, vectors, strict=True) if i not in bad}
+
     # ---- resuming
 
     def newest_state(self) -> tuple[int, dict[str, np.ndarray]] | None:

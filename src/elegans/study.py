@@ -6,6 +6,7 @@ from runs to rows:  check -> plan -> train -> store -> measure -> report
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from elegans import report, specs
 from elegans.errors import Invalid, StoreError
@@ -29,6 +32,7 @@ from elegans.training.device import choose, memory_budget, provenance
 from elegans.training.planner import CohortPlan, divide, plan, seconds
 from elegans.training.run import Run
 from elegans.training.train import Checkpoint, Compiled, Progress, train_cohort
+from elegans.training.transfer import depth, inherited, lineage
 
 Listener = Callable[[str, Any], None]  # (stage, detail)
 CHECKPOINT_SHARE = 0.05  # of the time may go into writing states to resume from
@@ -102,7 +106,7 @@ def train(
     minutes: float | None = None,
     listener: Listener = silent,
 ) -> Store:
-    """Train runs into a store: finished ones are skipped, unfinished ones resume, `again` starts them anew.
+    """Train runs, and all that they go on from, into a store: finished ones are skipped, unfinished ones resume, `again` starts them anew.
 
     `resume` insists that there is something to resume.
     After so many `minutes` training stops at a checkpoint. Raises `Invalid` or `StoreError` before anything is compiled or written.
@@ -115,15 +119,18 @@ def train(
         opened.remove(work.discarded)
         for planned in work.new:
             opened.add(planned, provenance(work.device, work.memory))
-        # the longest first, so that others compile meanwhile; the shortest where time is short, so that most finish
+        # parents first; then the longest, so that others compile meanwhile; the shortest where time is short, so that most finish
         order = 1 if minutes is not None else -1
         rates = rates_of(work.device.platform)
-        unfinished = sorted(_unfinished(opened, work.runs), key=lambda found: order * seconds(found[1].runs[0], found[1].segments, rates))
+        unfinished = sorted(
+            _unfinished(opened, work.runs),
+            key=lambda found: (depth(found[1].runs[0]), order * seconds(found[1].runs[0], found[1].segments, rates)),
+        )
         wanted = [(planned, s) for cohort, planned in unfinished for s in planned.segments if s.stop > cohort.status()["step"]]
         with Ahead(wanted, work.device) as ahead:
             for cohort, planned in unfinished:
                 if time.monotonic() < until:
-                    _train(cohort, planned, ahead, until, listener)
+                    _train(opened, cohort, planned, ahead, until, listener)
     return opened
 
 
@@ -150,7 +157,7 @@ def prepare(
     compile_to_measure: bool = True,
 ) -> Work:
     """Check everything and plan what is missing. Writes nothing; compiles only where a structure may not fit."""
-    runs = unique(runs)
+    runs = lineage(runs)
     Store.check(store)
     chosen = choose(device)
     budget = memory_budget(chosen, memory)
@@ -163,6 +170,7 @@ def prepare(
     kept = [c for c in stored if c not in discarded]
     present = {line["run"] for c in kept for line in c.lines()}
     missing = [run for run in runs if run.id not in present]
+    _check_parents(kept, missing)
     measured = (lambda members: Programs(members, chosen).bytes()) if compile_to_measure else None
     devices = len(jax.devices("cpu")) if chosen.platform == "cpu" else 1
     new = plan(missing, budget, measured, devices, chosen.platform) if missing else []
@@ -193,6 +201,37 @@ def _check_code(stored: Sequence[Cohort], runs: Sequence[Run]) -> None:
             raise StoreError(str(mismatch))
 
 
+def _check_parents(stored: Sequence[Cohort], runs: Sequence[Run]) -> None:
+    """Raises `StoreError` where runs go on from finished ones of which the store keeps no weights."""
+    homes = {line["run"]: cohort for cohort in stored if cohort.status()["finished"] for line in cohort.lines()}
+    read: dict[Any, dict[str, np.ndarray]] = {}
+    for run in runs:
+        if run.after is not None and run.after.id in homes:
+            _parent(homes[run.after.id], run, read)
+
+
+def _inherit(store: Store, runs: Sequence[Run], own: Float[np.ndarray, "run parameter"]) -> Float[np.ndarray, "run parameter"]:
+    """What runs start from, of their own initial weights: their parents', and NaN where the parent had diverged."""
+    homes = {line["run"]: cohort for cohort in store.cohorts() for line in cohort.lines()}
+    read: dict[Any, dict[str, np.ndarray]] = {}
+    parents = [_parent(homes[run.after.id], run, read) for run in runs if run.after is not None]
+    nothing = np.full_like(own[0], np.nan)
+    return np.stack([nothing if p is None else inherited(run, mine, p) for run, mine, p in zip(runs, own, parents, strict=True)])
+
+
+def _parent(cohort: Cohort, run: Run, read: dict[Any, dict[str, np.ndarray]]) -> np.ndarray | None:
+    """The weights that a run starts from, None where its parent had diverged; `read` keeps what was read. Raises `StoreError`."""
+    assert run.after is not None
+    step = None if run.after_step == run.after.length else run.after_step
+    if (cohort.id, step) not in read:
+        read[cohort.id, step] = cohort.vectors(step)
+    found = read[cohort.id, step].get(run.after.id)
+    if found is None and run.after.id not in cohort.status()["diverged"]:
+        where = f"{run.after.id} at {'its end' if step is None else f'step {step}'}"
+        raise StoreError(f"{cohort.path}: no weights of {where}, from which {run.id} goes on; merge an archive made with --weights")
+    return found
+
+
 def _unfinished(store: Store, runs: Sequence[Run]) -> list[tuple[Cohort, CohortPlan]]:
     for cohort in store.cohorts():
         if cohort.status()["finished"]:
@@ -200,7 +239,7 @@ def _unfinished(store: Store, runs: Sequence[Run]) -> list[tuple[Cohort, CohortP
     return [(c, c.plan()) for c in _holding(store.path, runs) if not c.status()["finished"]]
 
 
-def _train(cohort: Cohort, planned: CohortPlan, ahead: Ahead, until: float, listener: Listener) -> None:
+def _train(store: Store, cohort: Cohort, planned: CohortPlan, ahead: Ahead, until: float, listener: Listener) -> None:
     """Train one cohort from its newest checkpoint, or from the start; stop at a checkpoint once it is late."""
     found = cohort.newest_state()
     if found is None and cohort.status()["step"]:
@@ -216,7 +255,8 @@ def _train(cohort: Cohort, planned: CohortPlan, ahead: Ahead, until: float, list
     rest = 0.0  # no checkpoint before then, but for those that hold the last state of some run
     ends = {s.stop for s in planned.segments}
     began, spent = time.perf_counter(), dict.fromkeys(("training", "compiling", "ahead"), 0.0)
-    for event in train_cohort(planned, ahead, step, states):
+    inherit = functools.partial(_inherit, store, planned.runs) if depth(planned.runs[0]) else None
+    for event in train_cohort(planned, ahead, step, states, inherit):
         late, now = time.monotonic() > until, time.monotonic()
         if isinstance(event, Checkpoint) and not (late or now > rest or event.step in ends):
             continue

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from elegans.instruments import Ablate, AttentionMaps, Circuit, Dynamics, Patch, Probe, ReplicaInstrument
+from elegans.instruments import Ablate, AttentionMaps, Circuit, Dynamics, Evaluate, Patch, Probe, ReplicaInstrument
 from elegans.instruments.base import silent
 from elegans.models.transformer import Transformer
 from elegans.specs import _KINDS, is_abstract
@@ -37,6 +37,7 @@ CASES: dict[ReplicaInstrument, dict[str, list[Any]]] = {
     AttentionMaps(examples=4): {**DRAWS, "length": [4]},
     Patch(examples=4, patterns=("iteration_1",)): {**DRAWS, "patterns": [("iteration_2",), ()], "other": ["final", "seed"]},
     Dynamics(examples=4): DRAWS,
+    Evaluate(task=Parity(length=5), examples=4): {**DRAWS, "task": [Parity(length=5, shortest=2), Parity(length=4)]},
 }
 PAIRS = [pytest.param(base, name, v, id=f"{base.kind}-{name}-{v}") for base, c in CASES.items() for name, vs in c.items() for v in vs]
 

@@ -96,8 +96,8 @@ class ReplicaInstrument(Instrument):
         for cohort in store.cohorts():
             if cohort.status()["finished"] and not _measured(store, self, cohort.id):
                 listener("measure", (self.kind, cohort.id))
-                table = self.finish(pa.concat_tables(list(self._steps(cohort, listener)), promote_options="permissive"))
-                yield self.kind, cohort.id, table
+                if tables := list(self._steps(cohort, listener)):
+                    yield self.kind, cohort.id, self.finish(pa.concat_tables(tables, promote_options="permissive"))
 
     def _steps(self, cohort: Cohort, listener: Callable[[str, Any], None]) -> Iterator[pa.Table]:
         runs = {run.id: run for run in cohort.specs()}

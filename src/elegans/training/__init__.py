@@ -3,6 +3,7 @@
 from elegans.training.optimisers import WSD, AdamW, Constant, Cosine, Linear, Optimizer, Schedule
 from elegans.training.run import At, Every, LogSpaced, Record, Run, When
 from elegans.training.step import State, Update
+from elegans.training.transfer import follow
 
 __all__ = [
     "WSD",
@@ -20,4 +21,5 @@ __all__ = [
     "State",
     "Update",
     "When",
+    "follow",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from elegans.training.optimisers import path_name
 from elegans.training.run import Run
 from elegans.training.step import State, params_of, shapes_of
 from elegans.types import AnyArray
@@ -16,11 +17,6 @@ WEIGHTS, OPTIM, DIVERGED = "weights.", "optim.", "diverged"
 
 def _named(tree: Any, prefix: str) -> dict[str, np.ndarray]:
     return {prefix + path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A pytree path as dotted text: `blocks.0.attn.W_Q`."""
-    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def weights_to_arrays(run: Run, vectors: AnyArray) -> dict[str, np.ndarray]:

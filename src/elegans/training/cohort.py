@@ -27,6 +27,7 @@ from elegans.training.device import cache_misses
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
 from elegans.training.step import RunData, State, advance, draw_data, logits_of, params_of, start, token_losses
+from elegans.training.transfer import depth
 from elegans.types import Example
 
 CHUNK = 256  # steps whose metrics are kept on the device before they travel to the host
@@ -39,7 +40,7 @@ _TRACING = threading.Lock()  # tracing holds Python's own lock: in turns the fir
 
 
 def resolve(run: Run) -> Run:
-    """The run as the engine sees it: its length in steps, every seed explicit, no label."""
+    """The run as the engine sees it: its length in steps, every seed explicit, no label and no parent, whose weights it is given."""
     return dataclasses.replace(
         run,
         steps=run.length,
@@ -47,16 +48,18 @@ def resolve(run: Run) -> Run:
         epochs=None,
         flops=None,
         label=None,
+        after=None,
+        after_step=None,
         data_seed=run.seed if run.data_seed is None else run.data_seed,
         init_seed=run.seed if run.init_seed is None else run.init_seed,
     )
 
 
 def group(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs by structure, in the order in which structures first appear."""
+    """Runs by structure, in the order in which structures first appear; parents apart from their children."""
     groups: dict[Any, list[Run]] = {}
     for run in runs:
-        groups.setdefault(jax.tree.structure(resolve(run)), []).append(run)
+        groups.setdefault((depth(run), jax.tree.structure(resolve(run))), []).append(run)
     return list(groups.values())
 
 
@@ -151,6 +154,7 @@ class Programs:
         self._step = jax.jit(jax.vmap(_step, (0, 0, data, None), axis_name="replica"), inline=True)  # so that it is traced once
         self._functions = {
             "start": spread.jit(_over(start, 0), (0,), 0),
+            "begin": spread.jit(_over(start, 0, 0), (0, 0), 0),
             "data": spread.jit(_over(_finite_set, 0, axes), (0, axes), 0),
             "held_out": spread.jit(_over(draw_held_out, 0, axes), (0, axes), 0),
             "evaluate": self.few.jit(_over(evaluate, 0, 0, 0), (0, 0, 0), 0),
@@ -192,6 +196,11 @@ class Programs:
     def start(self) -> State:
         """Untrained states, stacked."""
         return self._program("start", self.runs)(self.runs)
+
+    def begin(self, vectors: Float[np.ndarray, "replica parameter"]) -> State:
+        """States that start from given parameters, stacked."""
+        given = self.runs, self.spread.place(vectors)
+        return self._program("begin", *given)(*given)
 
     def place(self, states: State) -> State:
         """States from the host, where the programs want them."""

@@ -102,6 +102,11 @@ def unravel(vector: Float[AnyArray, "*lead parameter"], like: Any) -> Any:
     return jax.tree.unflatten(treedef, parts)
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """A pytree path as dotted text: `blocks.0.attn.W_Q`."""
+    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
 class Updated(NamedTuple):
     """What one optimiser update made."""
 

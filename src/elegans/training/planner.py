@@ -19,10 +19,11 @@ from jax.extend import core as jex
 from elegans.errors import Invalid
 from elegans.sources import code_of
 from elegans.tasks.sampling import prepare
-from elegans.training.cohort import group, traced
+from elegans.training.cohort import group, resolve, traced
 from elegans.training.cost import Rates, flops_per_step, parameters, rates_of
 from elegans.training.run import Run
-from elegans.training.step import advance, draw_data, start
+from elegans.training.step import advance, draw_data, start, trained_of
+from elegans.training.transfer import lineage, origin
 
 LARGEST = 1024  # replicas of a cohort; throughput saturates far below
 CHECKPOINTS = 20  # of a cohort, evenly spaced
@@ -96,6 +97,9 @@ def plan(
     `measure` compiles some runs and returns the bytes they need; without it, or where a bound from
     the trace is already within the budget, nothing is compiled. Raises `Invalid` where one run alone does not fit.
     """
+    for run in runs:
+        if run.after is not None:
+            origin(run)
     rates = rates_of(platform)
     sized = [found for members in group(runs) for found in _sized(members, memory, measure)]
     return [_cohort(members, rates, memory, devices, needed) for members, needed in sized]
@@ -150,13 +154,17 @@ def seconds(run: Run, segments: Sequence[Segment], rates: Rates, since: int = 0)
 
 
 def divide(runs: Sequence[Run], parts: int) -> list[list[Run]]:
-    """Runs in parts that take about equally long on GPUs, every structure whole: the costliest first, each to the part that has least."""
+    """Runs, and all that they go on from, in parts that take about equally long on GPUs; structures stay whole, with their parents.
+
+    The costliest first, each to the part that has least.
+    """
     rates = rates_of("gpu")
 
     def cost(members: list[Run]) -> float:
         return seconds(members[0], shrink(sorted((run.length for run in members), reverse=True), members[0], rates), rates)
 
-    costs = [(cost(members), i, members) for i, members in enumerate(group(runs))]
+    joined = [(sum(map(cost, groups)), [run for members in groups for run in members]) for groups in families(group(lineage(runs)))]
+    costs = [(spent, i, members) for i, (spent, members) in enumerate(joined)]
     made: list[list[Run]] = [[] for _ in range(parts)]
     taken = [0.0] * parts
     for each, _, members in sorted(costs, key=lambda found: (-found[0], found[1])):
@@ -164,6 +172,17 @@ def divide(runs: Sequence[Run], parts: int) -> list[list[Run]]:
         made[least] += members
         taken[least] += each
     return made
+
+
+def families(groups: Sequence[list[Run]]) -> list[list[list[Run]]]:
+    """Groups of runs, those together of which some go on from others."""
+    home = {run.id: i for i, members in enumerate(groups) for run in members}
+    family = list(range(len(groups)))
+    for i, members in enumerate(groups):
+        for parent in {home[run.after.id] for run in members if run.after is not None}:
+            old, new = family[i], family[parent]
+            family = [new if f == old else f for f in family]
+    return [[members for members, f in zip(groups, family, strict=True) if f == each] for each in dict.fromkeys(family)]
 
 
 # ---- checks before anything is compiled or written
@@ -175,6 +194,7 @@ def check(run: Run, memory: int) -> int:
     least = 4 * 4 * weights + run.batch * run.task.positions * 4  # weights, gradients, two moments; the batch
     if least > memory:
         raise Invalid("memory", f"{memory:,} bytes", f"one run needs at least {least:,} for its {weights:,} parameters; {SMALLER}")
+    trained_of(resolve(run))
     return traced_bytes(run)
 
 

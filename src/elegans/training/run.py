@@ -98,8 +98,13 @@ class Run(Spec):
     seed: int = varies(0, "seed of everything random", ge=0)
     data_seed: int | None = varies(None, "seed of the data; none: the run's", ge=0)
     init_seed: int | None = varies(None, "seed of the initial weights; none: the run's", ge=0)
+    trained: tuple[str, ...] | None = field(
+        None, "globs of the weights that are trained, such as blocks.1.mlp.*, and of some that are not, such as !pos_embed.*; none: all are"
+    )
     update: Update = field(Update(), "one training step: loss, gradients, metrics")
     record: Record = field(Record(), "what to record, and when")
+    after: Run | None = field(None, "the run whose weights this one starts from, with a new optimiser; none: from initial weights")
+    after_step: int | None = field(None, "the step of those weights, one that the parent records; none: its end", ge=0)
     label: str | None = note(None, "name shown for the run, such as lr={optim.lr}")
 
     def check(self) -> None:
@@ -113,6 +118,12 @@ class Run(Spec):
             raise Invalid("order", self.order, "needs a finite training set: give train_set")
         if self.train_set is not None and self.task.scheduled:
             raise Invalid("train_set", self.train_set, f"a {self.task.kind} draws other rows as it goes; use fresh ones")
+        steps = self.after.kept_steps if self.after else []
+        if self.after_step is not None and self.after_step not in steps:
+            shown = ", ".join(map(str, steps[:8] + ["..."] * (len(steps) > 8))) or "give its parent, `after`"
+            raise Invalid("after_step", self.after_step, f"allowed: a step at which the parent keeps its weights: {shown}")
+        if self.trained == ():
+            raise Invalid("trained", [], "allowed: one glob or more; none: every weight")
         if self.length >= INT_LIMIT:
             raise Invalid(given[0], lengths[given[0]], f"allowed: what makes fewer than {INT_LIMIT} steps")
         if self.train_set is not None and self.length * self.batch >= INT_LIMIT:
@@ -133,6 +144,11 @@ class Run(Spec):
         rows = self.examples if self.examples is not None else (self.epochs or 0) * (self.train_set or 0)
         steps = self.flops / self.flops_per_step if self.flops is not None else rows / self.batch
         return max(1, math.ceil(min(steps, INT_LIMIT)))  # beyond the limit `check` refuses
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """The steps at which its weights are kept; the last of them is its end."""
+        return [self.length] if self.record.weights is None else self.record.weights.upto(self.length)
 
     @property
     def id(self) -> str:

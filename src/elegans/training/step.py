@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import re
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from elegans.errors import Invalid
 from elegans.randomness import Purpose, key_for, shuffled_index
 from elegans.specs import Spec, spec
 from elegans.tasks.sampling import TaskData, compact, draw_set, train_batch
-from elegans.training.optimisers import ravel, unravel
+from elegans.training.optimisers import path_name, ravel, unravel
 from elegans.types import AnyArray, Example
 
 if TYPE_CHECKING:
@@ -97,9 +101,12 @@ class Update(Spec):
         return logits_of(run, params, batch.tokens, key)
 
     def apply(self, run: Run, state: State, batch: Example, step: Int[Array, ""], key: jax.Array) -> tuple[State, Metrics]:
-        """The next state, and the metrics: scalars, `loss` and `grad_norm` among them."""
+        """The next state, and the metrics: scalars, `loss` and `grad_norm` among them.
+
+        What a run does not train stays as it is, whatever this returns; `held` keeps it out of the gradient's norm and of moments.
+        """
         params = params_of(run, state.params)
-        (loss, metrics), grads = jax.value_and_grad(lambda p: self.loss(run, p, batch, key), has_aux=True)(params)
+        (loss, metrics), grads = jax.value_and_grad(lambda p: self.loss(run, held(run, p), batch, key), has_aux=True)(params)
         made = run.optim.update(grads, state.opt, state.params, step, run.steps)
         metrics = {"loss": loss, **metrics, "grad_norm": made.grad_norm}
         return State(made.params, made.state, state.diverged), metrics
@@ -120,8 +127,44 @@ def params_of(run: Run, vector: Float[AnyArray, "*lead parameter"]) -> Any:
     return unravel(vector, shapes_of(run))
 
 
-def start(run: Run) -> State:
-    """The untrained run."""
+def trained_of(run: Run) -> Any:
+    """The tree of weights, each true where the run trains it: some glob of `trained` names it, and none with a "!" does.
+
+    Raises `Invalid` for a glob that names no weight, and where nothing is left to train.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(shapes_of(run))
+    names = [path_name(path) for path, _ in paths]
+    allowed = "allowed: globs of the weights " + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    globs = run.trained or ("*",)
+    found = {glob: set(fnmatch.filter(names, glob.removeprefix("!"))) for glob in globs}
+    for glob, matched in found.items():
+        if not matched:
+            raise Invalid("trained", glob, allowed)
+    asked = [matched for glob, matched in found.items() if not glob.startswith("!")] or [set(names)]
+    kept = set().union(*asked).difference(*(matched for glob, matched in found.items() if glob.startswith("!")))
+    if not kept:
+        raise Invalid("trained", list(globs), f"it leaves nothing to train; {allowed}")
+    return jax.tree.unflatten(treedef, [name in kept for name in names])
+
+
+def mask_of(run: Run) -> Bool[np.ndarray, " parameter"]:
+    """Which of a run's parameters it trains, in tree order."""
+    pairs = zip(jax.tree.leaves(shapes_of(run)), jax.tree.leaves(trained_of(run)), strict=True)
+    return np.concatenate([np.full(w.size, trained) for w, trained in pairs])
+
+
+def held(run: Run, params: Any) -> Any:
+    """The tree of weights, without gradients for those that the run does not train: so they cost no backward pass either."""
+    if run.trained is None:
+        return params
+    return jax.tree.map(lambda trained, w: w if trained else jax.lax.stop_gradient(w), trained_of(run), params)
+
+
+def start(run: Run, vector: Float[Array, " parameter"] | None = None) -> State:
+    """The untrained run, or one that starts from given parameters: where they are not finite it has diverged at step 0."""
+    if vector is not None:
+        diverged = jnp.where(jnp.isfinite(vector).all(), -1, 0)
+        return State(vector, run.optim.init(vector, shapes_of(run)), diverged.astype(jnp.int32))
     params = initial(run)
     vector = ravel(params)
     return State(vector, run.optim.init(vector, params), jnp.int32(-1))
@@ -169,6 +212,8 @@ def advance(run: Run, state: State, step: Int[Array, ""], data: RunData) -> tupl
     """
     batch = draw_batch(run, step, data)
     new, metrics = run.update.apply(run, state, batch, step, key_for(run.seed, Purpose.DROPOUT, step))
+    if run.trained is not None:
+        new = dataclasses.replace(new, params=jnp.where(mask_of(run), new.params, state.params))
     steps: Any = run.steps
     live = (step < steps) & (state.diverged < 0)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import jax
 import numpy as np
@@ -76,8 +76,16 @@ class Progress:
 Event = Rows | Weights | Checkpoint | Compiling | Compiled | Progress
 
 
-def train_cohort(plan: CohortPlan, ahead: Ahead, step: int = 0, states: State | None = None) -> Iterator[Event]:
-    """Train a cohort from `step` (with the states of that step, or untrained) to its end, with programs from `ahead`."""
+Inherit = Callable[[np.ndarray], np.ndarray]  # what runs start from, of their own initial parameters [replica, parameter]
+
+
+def train_cohort(
+    plan: CohortPlan, ahead: Ahead, step: int = 0, states: State | None = None, inherit: Inherit | None = None
+) -> Iterator[Event]:
+    """Train a cohort from `step` (with the states of that step, or untrained) to its end, with programs from `ahead`.
+
+    Untrained runs start from initial weights, or from what `inherit` makes of them.
+    """
     for segment in plan.segments:
         if segment.stop <= step:
             continue
@@ -88,6 +96,7 @@ def train_cohort(plan: CohortPlan, ahead: Ahead, step: int = 0, states: State | 
         yield Compiled(step, segment.size, time.perf_counter() - began, ready.seconds, ready.fresh)
         if states is None:
             states = programs.start()
+            states = programs.begin(inherit(np.asarray(states.params))) if inherit else states
         else:
             states = programs.place(jax.tree.map(lambda a, n=segment.size: np.asarray(a)[:n], states))
         states = yield from _Segment(plan, segment, programs).train(step, states)

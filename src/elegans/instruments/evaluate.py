@@ -1,0 +1,95 @@
+"""How well networks do on another task than the one they train on: what is forgotten, and what carries over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Array, Bool, Float
+
+from elegans.errors import Invalid
+from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
+from elegans.instruments.patterns import by_length, length_axis, lengths_of
+from elegans.specs import field, spec
+from elegans.tasks import Task
+from elegans.tasks.sampling import TaskData, draw_set, prepare
+from elegans.training.run import Run
+from elegans.training.step import logits_of, scores
+from elegans.training.transfer import shapes
+from elegans.types import Example
+
+
+@spec
+class Evaluate(ReplicaInstrument):
+    """Scores on held-out rows of another task, in the network's own symbols of the same text.
+
+    Without a `task` it is that of the run which each run goes on from, so that rows over steps are curves of forgetting; runs that
+    go on from none are left out. Rows are drawn for the run, the same at every step. `length` is null for all of them
+    together; where the task has lengths there are further rows for each number of inputs:
+      loss          nats per scored token, over the network's whole vocabulary. The task's floor at best
+      accuracy      share of scored tokens, 0 to 1. Chance: 1 / vocabulary for a network that knows nothing
+      exact_match   share of rows that are right at every scored token, 0 to 1
+    """
+
+    task: Task | None = field(None, "the task; none: that of each run's parent")
+    part: Literal["train", "validation", "test"] = field("test", "part of that task's split that rows are from")
+    examples: int = field(512, "rows, of all lengths together", ge=1, le=1_000_000)
+
+    def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
+        del data  # the run's own task's
+        other = self._other(run)
+        rows = draw_set(other.task, self.part, key, self.examples, prepare(other.task))
+        ids = jnp.asarray([run.task.symbols.index(symbol) for symbol in other.task.symbols])
+        rows = dataclasses.replace(rows, tokens=ids[rows.tokens], weights=None)
+        logits = logits_of(run, params, rows.tokens)
+        made = {"all": graded(logits, rows, jnp.ones(self.examples, bool))}
+        if lengths_of(other):
+            made["length"] = jax.lax.map(lambda group: graded(logits, rows, group), by_length(other, rows))
+        return made
+
+    def layouts(self, run: Run) -> dict[str, Layout]:
+        other = self._other(run)
+        _check(run, other.task)
+        constant = {"task": other.task.kind}
+        made = {"all": Layout(constant | {"length": None}, [])}
+        return made | ({"length": Layout(constant, [length_axis(other)])} if lengths_of(other) else {})
+
+    def _other(self, run: Run) -> Run:
+        """A run of the other task."""
+        assert self.task is not None
+        return Run(self.task, run.model, steps=1)
+
+    def _over(self, runs: dict[str, Run], networks: list[tuple[str, int, np.ndarray]], listener: Callable) -> Iterator[pa.Table]:
+        """Networks by the task that they are measured on, which is the same for those of one program."""
+        if self.task is not None:
+            yield from super()._over(runs, networks, listener)
+            return
+        for task in dict.fromkeys(run.after.task for run in runs.values() if run.after is not None):
+            mine = {i: run for i, run in runs.items() if run.after is not None and run.after.task == task}
+            yield from dataclasses.replace(self, task=task)._over(mine, [n for n in networks if n[0] in mine], listener)
+
+    def finish(self, table: pa.Table) -> pa.Table:
+        """Lengths as whole numbers, also where every one is null."""
+        return table.set_column(table.column_names.index("length"), "length", table["length"].cast(pa.int32()))
+
+
+def graded(logits: Float[Array, "row position vocab"], rows: Example, group: Bool[Array, " row"]) -> dict[str, Float[Array, ""]]:
+    """Loss, accuracy and exact match of the rows of a group; NaN where it has nothing that is scored."""
+    mine = dataclasses.replace(rows, scored=rows.scored & group[:, None])
+    loss, metrics = scores(logits, mine)
+    return {name: jnp.where(mine.scored.any(), value, jnp.nan) for name, value in {"loss": loss, **metrics}.items()}
+
+
+def _check(run: Run, task: Task) -> None:
+    """Raises `Invalid` for a task that the network cannot read."""
+    unknown = [symbol for symbol in task.symbols if symbol not in run.task.symbols]
+    if unknown:
+        raise Invalid("task", task.kind, f"its symbols {' '.join(unknown)} are not among the network's, {' '.join(run.task.symbols)}")
+    bound = any("positions" in shape.kinds for shape in shapes(run.task, run.model).values())
+    if bound and task.positions > run.task.positions:
+        raise Invalid("task", task.kind, f"its rows have {task.positions} tokens, and the network has positions for {run.task.positions}")

@@ -1,0 +1,335 @@
+"""When does a transformer with chain of thought grow an iteration head, what needs it, and what does it carry over to other tasks?
+
+    elegans run iteration_heads                              # emergence, with its controls: on a GPU
+    elegans run iteration_heads.width --share 1/4            # a part (`PARTS`); its store is runs/iteration_heads.width
+    elegans run iteration_heads.width seed=0..4 epochs=300   # cheaper
+    elegans run iteration_heads --small                      # two CPU cores, about two minutes; so has every part
+
+Polynomial iteration s_t = s_(t-1) x_t + 1 mod 11, parity and binary copy, of 1 to `length` inputs, with and without the states written
+out. The model and its training are those of Cabannes et al. 2024 ("Iteration Head"): d_model and length vary by part, 2 layers, 1 head,
+no biases, learned positions, a normalised skip path, embedding dropout 0.1; Adam at 3e-4, batches of 256, passes over 1,024 rows of
+each length. Ours: rows are split by content, padding is not scored, batches are shuffled, ids derive from the task, 20 seeds.
+
+A part is one question: its docstring says what is run, its cost and the number to expect. A cost is structures x runs x steps; one H100
+takes about 0.1 ms for each layer of a step, or 1 ms a step for 20 runs of d 32 and length 8 where that is more. Seeds, rates, weights of
+mixtures and ends of curricula are leaves: they share a cohort. `draw(store, folder)` draws a part's figures from its store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from elegans.figures import iteration
+from elegans.instruments import Circuit, Dynamics, Instrument, Patch, Probe
+from elegans.models import MLP, ALiBi, LayerNorm, Learned, Positions, Rotary, Sinusoidal, Transformer
+from elegans.specs import grid, replace
+from elegans.store import Store
+from elegans.study import Study
+from elegans.tasks import BinaryCopy, Curriculum, Mixture, Parity, Polynomial, Task
+from elegans.training import AdamW, Every, Record, Run
+
+PUBLISHED = {  # mean test accuracy of 4 and more inputs at epoch 960, by length, of Cabannes et al. 2024 (about 0.03)
+    "polynomial, d 32": {5: 1.0, 10: 1.0, 16: 1.0, 20: 1.0, 30: 1.0},
+    "polynomial, d 20": {5: 1.0, 10: 1.0, 16: 0.88, 20: 0.62, 30: 0.23},
+    "polynomial, d 16": {5: 1.0, 10: 0.38, 16: 0.38, 20: 0.23, 30: 0.03},
+    "polynomial, no CoT": {5: 0.1, 10: 0.1, 16: 0.1, 20: 0.1, 30: 0.1},
+    "polynomial, 1 layer": {5: 0.87, 10: 0.27, 16: 0.03, 20: 0.03, 30: 0.03},
+    "parity, d 32": {5: 1.0, 10: 1.0, 16: 0.93, 20: 1.0, 30: 0.58},
+    "parity, no CoT": {5: 1.0, 10: 1.0, 16: 1.0, 20: 1.0, 30: 1.0},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large the runs of every part are."""
+
+    modulus: int
+    length: int  # inputs of the longest row, where a part does not vary it
+    d_model: int
+    batch: int
+    lr: float
+    seeds: int
+    epochs: float
+    every: float  # epochs between two recordings
+    lengths: tuple[int, ...]  # that grids vary
+    widths: tuple[int, ...]
+    rows: int = 1024  # of each length, in a training set
+    examples: int = 512  # held-out rows
+
+
+FULL = Scale(11, 8, 32, 256, 3e-4, 20, 1000, 10, (5, 10, 16, 20, 30), (12, 16, 20, 24, 32))
+SMALL = Scale(5, 6, 32, 64, 3e-3, 4, 10, 1, (3, 6), (16, 32), examples=256)
+
+LEARNED = Learned()
+Made = tuple[Sequence[Run], Sequence[Instrument]]
+PARTS: dict[str, Callable[[bool], Study]] = {}
+FIGURES: dict[str, iteration.Draw] = {}
+
+
+def part(figure: iteration.Draw) -> Callable[[Callable[[Scale], Made]], Callable[[bool], Study]]:
+    """A part of the study, under its function's name: whole, or small; with the figure of its store."""
+
+    def of(make: Callable[[Scale], Made]) -> Callable[[bool], Study]:
+        @functools.wraps(make)
+        def study(small: bool = False) -> Study:
+            runs, instruments = make(SMALL if small else FULL)
+            name = f"iteration_heads.{make.__name__}{'_small' * small}"
+            return Study(runs, instruments, name, (inspect.getdoc(make) or "").splitlines()[0])
+
+        PARTS[make.__name__], FIGURES[make.__name__] = study, figure
+        return study
+
+    return of
+
+
+def __getattr__(name: str) -> Study:
+    """`study` and `small`: emergence, made when it is asked for."""
+    if name in ("study", "small"):
+        return dataclasses.replace(PARTS["emergence"](name == "small"), name=f"iteration_heads{'_small' * (name == 'small')}")
+    raise AttributeError(f"{__name__} has no {name!r}")
+
+
+def draw(store: str | Path, folder: str | Path, name: str | None = None) -> list[Path]:
+    """A part's figure from its store, as PNG and PDF, and its numbers as CSV; return the files. `name`: none, as the store says."""
+    opened = Store(store)
+    said = json.loads((opened.path / "study.json").read_text(encoding="utf-8"))["name"] if name is None else name
+    found = said.removesuffix("_small").removeprefix("iteration_heads").removeprefix(".") or "emergence"
+    return iteration.save_drawn(FIGURES[found], opened, Path(folder) / found)
+
+
+# ---- what runs have in common
+
+
+def polynomial(at: Scale, length: int | None = None, cot: bool = True) -> Polynomial:
+    """Polynomial iteration of 1 to `length` inputs, every length equally often."""
+    return Polynomial(modulus=at.modulus, length=length or at.length, shortest=1, lengths="balanced", cot=cot)
+
+
+def parity(at: Scale, length: int | None = None, cot: bool = True) -> Parity:
+    """Parity of 1 to `length` inputs, every length equally often."""
+    return Parity(length=length or at.length, shortest=1, lengths="balanced", cot=cot)
+
+
+def copy(at: Scale) -> BinaryCopy:
+    """Binary copy of 1 to `length` inputs, every length equally often."""
+    return BinaryCopy(length=at.length, shortest=1, lengths="balanced")
+
+
+def model(d_model: int, layers: int = 2, heads: int = 1, position: Positions | None = LEARNED) -> Transformer:
+    """The authors' transformer."""
+    return Transformer(
+        layers=layers, d_model=d_model, heads=heads, mlp=MLP(), norm=LayerNorm(), position=position, skip="normed", embed_dropout=0.1
+    )  # fmt: skip
+
+
+def setting(at: Scale, label: str, task: Task | None = None, of: Transformer | None = None, epochs: float = 1) -> Run:
+    """One run of the authors' training, of so many times the scale's epochs.
+
+    An epoch is 1,024 rows for every length (of several tasks: of the last one) and their finite set; tasks that change as they go
+    see as many fresh rows instead.
+    """
+    task = task or polynomial(at)
+    goal: Any = getattr(task, "tasks", (task,))[-1]
+    rows = at.rows * len(goal.spans)
+    when = Every(max(1, round(epochs * at.every * rows / at.batch)))
+    record = Record(evaluate=when, weights=when, examples=at.examples, by_position=False)
+    passes = epochs * at.epochs
+    length: dict[str, Any] = {"examples": passes * rows} if task.scheduled else {"epochs": passes, "train_set": rows}
+    optim = AdamW(lr=at.lr, weight_decay=0.0, b2=0.999, clip=None)
+    return Run(task=task, model=of or model(at.d_model), optim=optim, batch=at.batch, record=record, label=label, **length)
+
+
+def seeded(at: Scale, *runs: Run, share: float = 1) -> list[Run]:
+    """The runs with every seed, or a share of the seeds."""
+    return [made for run in runs for made in grid(run, {"seed": range(max(2, round(share * at.seeds)))})]
+
+
+# ---- what must be decided
+
+
+@part(iteration.emergence)
+def emergence(at: Scale) -> Made:
+    """Do accuracy and the iteration head appear together, and does neither without chain of thought or with one layer?
+
+    Polynomial, d 32, length 8; 20 seeds with chain of thought and two layers, 20 without it, 20 with one layer. Without chain of
+    thought no state is written and the head's pattern is not defined: its peakiness is missing there, not 0.
+    Cost: 3 structures x 20 runs x 32,000 steps. Expect (one seed, the page): exact match 0.10 to 1.00 and layer-2 peakiness 0.23 to
+    0.96 between epochs 150 and 175.
+    """
+    arms = setting(at, "CoT"), setting(at, "no CoT", polynomial(at, cot=False)), setting(at, "one layer", of=model(at.d_model, 1))
+    return seeded(at, *arms), (Circuit(examples=at.examples),)
+
+
+@part(iteration.table(PUBLISHED))
+def width(at: Scale) -> Made:
+    """How does accuracy fall with the length of the rows and the width of the model, and what do CoT and the second layer change?
+
+    The page's table, cell by cell: seven settings at lengths 5, 10, 16, 20 and 30. Cost: 35 structures x 20 runs x 20,000 to 120,000
+    steps, some 80 minutes of one H100; `seed=0..4 epochs=500` an eighth. Expect `PUBLISHED`: polynomial at d 32 always 1, at d 16
+    down to .03 at length 30, without CoT .1, with one layer .87 to .03; parity without CoT always 1.
+    """
+    small = at.widths if at is SMALL else (20, 16)
+    runs = []
+    for n in at.lengths:
+        runs += [setting(at, f"polynomial, d {d}", polynomial(at, n), model(d)) for d in dict.fromkeys((at.d_model, *small))]
+        runs += [setting(at, "polynomial, no CoT", polynomial(at, n, False), model(at.d_model))]
+        runs += [setting(at, "polynomial, 1 layer", polynomial(at, n), model(62, 1))]
+        runs += [setting(at, f"parity, d {at.d_model}", parity(at, n), model(at.d_model))]
+        runs += [setting(at, "parity, no CoT", parity(at, n, False), model(12))]
+    return seeded(at, *(replace(run, "record.weights", None) for run in runs)), ()
+
+
+@part(iteration.patching)
+def patching(at: Scale) -> Made:
+    """What is the accuracy when attention is replaced by the ideal, by a uniform, or by another network's map?
+
+    The runs of `emergence` with CoT, patched while they train: an ideal map says whether attention is all that is missing before the
+    jump, a uniform one whether it is needed after it. Cost: 1 structure x 20 runs x 32,000 steps, and 101 x 20 networks
+    patched in 16 ways. Expect: after the jump uniform layer 2 leaves about 0, ideal maps leave it at 1.
+    """
+    return seeded(at, setting(at, "CoT")), (Patch(patterns=("iteration_1", "iteration_2", "uniform"), other="final", examples=256),)
+
+
+# ---- what the authors left open
+
+
+@part(iteration.law)
+def law(at: Scale) -> Made:
+    """By which law does the width that a length needs grow?
+
+    Polynomial with CoT at 5 widths x 4 lengths; fitted: exact match = sigmoid(k (log d - log d_half)), d_half = c length^b, with a
+    bootstrap over seeds. Cost: 20 structures x 10 runs x 20,000 to 80,000 steps; with `--store runs/iteration_heads.width` only what
+    `width` has not. Expect nothing published; the table of `width` puts half-way near d 16 at length 8 and d 20 at length 20, b about 0.3.
+    """
+    lengths = [n for n in at.lengths if n <= 20]
+    runs = [setting(at, f"d {d}, length {n}", polynomial(at, n), model(d)) for d, n in itertools.product(at.widths, lengths)]
+    return seeded(at, *(replace(run, "record.weights", None) for run in runs), share=0.5), ()
+
+
+@part(iteration.sharpening)
+def sharpening(at: Scale) -> Made:
+    """Do attention maps go on sharpening after accuracy has saturated, and does weight decay do it?
+
+    Twice the epochs of `emergence`, without and with weight decay 0.1 (a leaf). Cost: 1 structure x 40 runs x 64,000 steps.
+    Expect nothing published. Peakiness saturates with accuracy by its definition (a > 0.5): the mean of a and the entropy tell.
+    """
+    arms = [replace(setting(at, f"weight decay {w:g}", epochs=2), "optim.weight_decay", w) for w in (0.0, 0.1)]
+    return seeded(at, *arms), (Circuit(examples=at.examples), Dynamics(examples=at.examples))
+
+
+@part(iteration.subtraction)
+def subtraction(at: Scale) -> Made:
+    """Where can the step t be read: does MLP 1 subtract positions, and does it before or with the jump in accuracy?
+
+    The runs of `emergence` with CoT; linear probes of `step` (one read a row, at any position after any length, so that t is no
+    function of the position) before and after every component. Cost: 1 structure x 20 runs x 32,000 steps, 101 x 20 networks probed at 7
+    sites. Expect from the circuit: chance-like at the embedding, low after attention 1, near 1 after MLP 1.
+    """
+    probe = Probe(features=("step",), families=("embed", "attn_out", "resid_mid", "resid"), fit=2 * at.examples, test=at.examples)
+    return seeded(at, setting(at, "CoT")), (probe,)
+
+
+@part(iteration.heads)
+def excess(at: Scale) -> Made:
+    """With more layers and heads than needed, where is x_t fetched?
+
+    2, 3 or 4 layers of 1, 2 or 4 heads; every head of every layer scored against both patterns. Cost: 9 structures x 10 runs x
+    32,000 steps. Expect nothing published.
+    """
+    layers, heads = ((2, 3), (1, 2)) if at is SMALL else ((2, 3, 4), (1, 2, 4))
+    arms = [setting(at, f"{n} layers, {h} heads", of=model(at.d_model, n, h)) for n, h in itertools.product(layers, heads)]
+    return seeded(at, *(replace(run, "record.weights", None) for run in arms), share=0.5), (Circuit(examples=at.examples, at="final"),)
+
+
+@part(iteration.arms)
+def positions(at: Scale) -> Made:
+    """How many coordinates must know of positions for polynomial iteration?
+
+    Learned positions on the first 1, 2, 4, 8, 16 or all coordinates. Cost: 6 structures x 20 runs x 32,000 steps. Expect nothing
+    published on polynomial.
+    """
+    dims = (2, None) if at is SMALL else (1, 2, 4, 8, 16, None)
+    arms = [setting(at, f"{n or 'all'} dimensions", of=model(at.d_model, position=Learned(dims=n))) for n in dims]
+    return seeded(at, *(replace(run, "record.weights", None) for run in arms)), (Circuit(examples=at.examples, at="final"),)
+
+
+@part(iteration.arms)
+def optimiser(at: Scale) -> Made:
+    """How do batch, learning rate, weight decay and the order of rows move the jump?
+
+    Batches of 64, 256 and 1,024 rows, and of 256 in the authors' order (short to long, not shuffled); learning rates 1e-4 to 3e-3 and
+    weight decay 0 or 0.1 are leaves. Cost: 4 structures x 80 runs (8 settings of 10 seeds) x 8,000 to 128,000 steps.
+    Expect nothing published.
+    """
+    rates, batches = ((at.lr, at.lr / 3), (at.batch, 4 * at.batch)) if at is SMALL else ((1e-4, 3e-4, 1e-3, 3e-3), (64, 256, 1024))
+    made = []
+    for batch, order in [(b, None) for b in batches] + [(at.batch, "short_to_long")]:
+        run = replace(setting(dataclasses.replace(at, batch=batch), f"batch {batch}{', short to long' if order else ''}"), "order", order)
+        for lr, decay in itertools.product(rates, (0.0, 0.1)):
+            named = dataclasses.replace(run, label=f"{run.label}, lr {lr:g}{', decay 0.1' if decay else ''}")
+            made.append(replace(replace(replace(named, "optim.lr", lr), "optim.weight_decay", decay), "record.weights", None))
+    return seeded(at, *made, share=0.5), ()
+
+
+@part(iteration.arms)
+def generalisation(at: Scale) -> Made:
+    """Trained on rows of 1 to 8 inputs, which position encodings iterate 9 to 16?
+
+    Learned, sinusoidal, rotary and ALiBi positions, and none. Held-out rows are the long ones (a curriculum that stays in its first
+    stage), fresh rows of 1 to 8 are trained on: `metrics` has both. Cost: 5 structures x 20 runs x 32,000 steps. Expect: learned
+    positions fail, since those beyond 19 are never trained.
+    """
+    longer = dataclasses.replace(polynomial(at, 2 * at.length), shortest=at.length + 1)
+    task = Curriculum(tasks=(polynomial(at), longer), ends=(1.0,))
+    kinds = {"learned": Learned(), "sinusoidal": Sinusoidal(), "rotary": Rotary(), "ALiBi": ALiBi(), "none": None}
+    arms = [setting(at, name, task, model(at.d_model, position=kind)) for name, kind in kinds.items()]
+    return seeded(at, *(replace(run, "record.weights", None) for run in arms)), ()
+
+
+@part(iteration.arms)
+def curricula(at: Scale) -> Made:
+    """Do curricula of lengths (a quarter, a half, all) or of tasks (copy, parity, polynomial) bring the jump forward?
+
+    Fresh rows; stages end at 10 % and 20 % or at 20 % and 40 % of the run, or at once (the control), which is a leaf; with earlier stages
+    kept in the mix and without. Cost: 4 structures x 60 runs x 32,000 steps. Expect nothing published.
+    """
+    stages: dict[str, tuple[Task, ...]] = {
+        "lengths": tuple(polynomial(at, max(1, at.length // n)) for n in (4, 2, 1)),
+        "tasks": (copy(at), parity(at), polynomial(at)),
+    }
+    arms = []
+    for name, keep, ends in itertools.product(stages, (False, True), (0.0, 0.1, 0.2)):
+        label = f"{name}{', kept' if keep else ''}, {f'to {2 * ends:g}' if ends else 'at once'}"
+        arms.append(setting(at, label, Curriculum(tasks=stages[name], ends=(ends, 2 * ends), keep=keep)))
+    return seeded(at, *(replace(run, "record.weights", None) for run in arms)), ()
+
+
+@part(iteration.heads)
+def joint(at: Scale) -> Made:
+    """Trained on polynomial and parity at once, told apart by the first token: does one head serve both?
+
+    Shares of polynomial 1, 0.5 and 0 (a leaf) with 1 and 2 heads. A head that serves both tasks is peaked on all rows, one that
+    serves one task on half of them. Cost: 2 structures x 60 runs x 32,000 steps. Expect nothing published.
+    """
+    mixtures = {w: Mixture(tasks=(polynomial(at), parity(at)), weights=(w, 1 - w)) for w in (1.0, 0.5, 0.0)}
+    arms = [setting(at, f"{w:.0%} polynomial, {h} heads", task, model(at.d_model, heads=h)) for h in (1, 2) for w, task in mixtures.items()]
+    return seeded(at, *arms), (Circuit(examples=at.examples, at="final"),)
+
+
+@part(iteration.arms)
+def mixing(at: Scale) -> Made:
+    """Does copying in the mix help parity, and how much of it is best?
+
+    Shares 0 to 0.9 of binary copy, the rest parity (the authors' mix): a leaf. Cost: 1 structure x 120 runs x 32,000 steps. Expect nothing
+    published in numbers.
+    """
+    tasks = copy(at), parity(at)
+    arms = [setting(at, f"{w:g} copy", Mixture(tasks=tasks, weights=(w, 1 - w))) for w in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)]
+    return seeded(at, *(replace(run, "record.weights", None) for run in arms)), ()
