@@ -364,9 +364,7 @@ def replace(value: T, path: str, new: Any) -> T:
 
 
 def grid(run: T, axes: Mapping[str, Any]) -> list[T]:
-    """Every combination of the axes' values, the last axis fastest: `grid(run, {"optim.lr": [...], "seed": range(4)})`.
-
-    Fields joined by "+" change together: `{"seed+after.seed": range(4)}`."""
+    """Every combination of the axes' values, the last axis fastest; + joins fields: `{"optim.lr": [...], "seed+after.seed": range(4)}`."""
     for path, options in axes.items():
         if isinstance(options, Mapping) or not isinstance(options, Iterable):
             raise Invalid(path, options, "an axis is a list of values")
@@ -374,13 +372,9 @@ def grid(run: T, axes: Mapping[str, Any]) -> list[T]:
     for path, options in values.items():
         if not options:
             raise Invalid(path, [], "an empty sweep makes no runs; give at least one value")
-    runs = []
-    for choice in itertools.product(*values.values()):
-        made = run
-        for paths, v in zip(values, choice, strict=True):
-            made = functools.reduce(lambda made, path, v=v: replace(made, path, v), paths.split("+"), made)
-        runs.append(made)
-    return runs
+    choices = itertools.product(*values.values())
+    changes = ([(path, v) for paths, v in zip(values, choice, strict=True) for path in paths.split("+")] for choice in choices)
+    return [functools.reduce(lambda made, change: replace(made, *change), each, run) for each in changes]
 
 
 def fill(template: str, value: Spec) -> str:
