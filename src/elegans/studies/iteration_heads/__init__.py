@@ -119,7 +119,7 @@ def width(at: Scale) -> Made:
     steps, some 80 minutes of one H100; `seed=0..4 epochs=500` an eighth. Expect `PUBLISHED`: polynomial at d 32 always 1, at d 16
     down to .03 at length 30, without CoT .1, with one layer .87 to .03; parity without CoT always 1.
     """
-    widths, runs = (at.widths if at is SMALL else (32, 20, 16)), []
+    widths, runs = (at.widths if at.small else (32, 20, 16)), []
     for n in at.lengths:
         runs += [setting(at, f"polynomial, d {d}", polynomial(at, n), model(d)) for d in widths]
         runs.append(setting(at, "polynomial, no CoT", polynomial(at, n, False)))
@@ -138,9 +138,9 @@ def transfer(at: Scale) -> Made:
     Cost: 2 structures x 40 runs x 64,000 and 32,000 steps, some 20 minutes of one H100. Expect: 0.9 after about 20 epochs against 615
     (30 times; 2.8 times counting the first 200).
     """
-    large = at if at is SMALL else dataclasses.replace(at, length=2 * at.length, d_model=4 * at.d_model)
+    large = at if at.small else dataclasses.replace(at, length=2 * at.length, d_model=4 * at.d_model)
     tasks = {"polynomial": pair(large, 1.0), "parity": pair(large, 0.0)}
-    step = round(0.2 * setting(large, "", tasks["parity"]).length)
+    step = round((0.5 if at.small else 0.2) * setting(large, "", tasks["parity"]).length)
     runs = []
     for first, second in (("polynomial", "parity"), ("parity", "polynomial")):
         parent = replace(setting(large, f"{first} from scratch", tasks[first]), "record.weights", At((step,)))
@@ -247,7 +247,7 @@ def excess(at: Scale) -> Made:
     2, 3 or 4 layers of 1, 2 or 4 heads; every head of every layer scored against both patterns. Cost: 9 structures x 10 runs x
     32,000 steps. Expect nothing published.
     """
-    layers, heads = ((2, 3), (1, 2)) if at is SMALL else ((2, 3, 4), (1, 2, 4))
+    layers, heads = ((2, 3), (1, 2)) if at.small else ((2, 3, 4), (1, 2, 4))
     arms = [setting(at, f"{n} layers, {h} heads", of=model(at.d_model, n, h)) for n, h in itertools.product(layers, heads)]
     return seeded(at, *sketched(*arms), share=0.5), (Circuit(examples=at.examples, at="final"),)
 
@@ -259,7 +259,7 @@ def positions(at: Scale) -> Made:
     Positions on the first 1, 2, 4, 8, 16 or all coordinates, learned or frozen as they were drawn. Cost: 12 structures x 10 runs x 32,000
     steps. Expect nothing published on polynomial.
     """
-    dims = (2, None) if at is SMALL else (1, 2, 4, 8, 16, None)
+    dims = (2, None) if at.small else (1, 2, 4, 8, 16, None)
     arms = [setting(at, f"{n or 'all'} dimensions", of=model(at.d_model, position=Learned(dims=n))) for n in dims]
     arms += [dataclasses.replace(run, label=f"{run.label}, frozen", trained=("*", "!pos_embed.*")) for run in arms]
     return seeded(at, *sketched(*arms), share=0.5), ()
@@ -273,7 +273,7 @@ def optimiser(at: Scale) -> Made:
     weight decay 0 or 0.1 are leaves. Cost: 4 structures x 80 runs (8 settings of 10 seeds) x 8,000 to 128,000 steps.
     Expect nothing published.
     """
-    rates, batches = ((at.lr, at.lr / 3), (at.batch, 4 * at.batch)) if at is SMALL else ((1e-4, 3e-4, 1e-3, 3e-3), (64, 256, 1024))
+    rates, batches = ((at.lr, at.lr / 3), (at.batch, 4 * at.batch)) if at.small else ((1e-4, 3e-4, 1e-3, 3e-3), (64, 256, 1024))
     made = []
     for batch, order in [(b, None) for b in batches] + [(at.batch, "short_to_long")]:
         run = replace(setting(dataclasses.replace(at, batch=batch), f"batch {batch}{', short to long' if order else ''}"), "order", order)

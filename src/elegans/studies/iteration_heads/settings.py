@@ -34,10 +34,11 @@ class Scale:
     widths: tuple[int, ...]
     rows: int = 1024  # of each length, in a training set
     examples: int = 512  # held-out rows
+    small: bool = False  # grids with fewer points
 
 
 FULL = Scale(11, 8, 32, 256, 3e-4, 20, 1000, 10, (5, 10, 16, 20, 30), (12, 16, 20, 24, 32))
-SMALL = Scale(5, 6, 32, 64, 3e-3, 4, 10, 1, (3, 6), (16, 32), examples=256)
+SMALL = Scale(5, 6, 32, 64, 3e-3, 4, 10, 1, (3, 6), (16, 32), examples=256, small=True)
 
 
 def polynomial(at: Scale, length: int | None = None, cot: bool = True) -> Polynomial:
