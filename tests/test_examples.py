@@ -70,3 +70,23 @@ def test_yaml_and_look_inside(tmp_path, capsys):
     with mock.patch.object(sys, "argv", ["look_inside.py", str(tmp_path / "store")]):
         runpy.run_path(str(EXAMPLES / "look_inside.py"))
     assert "without attention 1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_forgetting(tmp_path):
+    rows = run("forgetting.py", tmp_path / "store", "seed=0")
+    children = {row["trained"] for row in rows if row["after.seed"] is not None}
+    assert children == {None, '["blocks.*.mlp.*"]'}
+    query = 'select "after.seed" as parent, e.step from evaluate e join runs using (run) where e.length is null order by all'
+    measured = json.loads(elegans("sql", tmp_path / "store", query, "--json").out)
+    assert {row["parent"] for row in measured} == {0, 1} and {0, 6} <= {row["step"] for row in measured}
+
+
+def test_continue(tmp_path):
+    """The parent is there without having been asked for, and what its children make of its task is measured."""
+    rows = run("continue.yaml", tmp_path / "store", "seed+after.seed=0")
+    assert {row["label"]: row["steps"] for row in rows} == {"after 100, seed 0": 6, "after 200, seed 0": 6, None: 200}
+    query = "select label, e.task, exact_match from evaluate e join runs using (run)"
+    measured = json.loads(elegans("sql", tmp_path / "store", query, "--json").out)
+    assert {row["label"] for row in measured} == {"after 100, seed 0", "after 200, seed 0"}
+    assert all(row["task"] == "addition" and row["exact_match"] is not None for row in measured)

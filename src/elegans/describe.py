@@ -29,6 +29,7 @@ from elegans.training.cohort import CHUNK, Programs, resolve
 from elegans.training.cost import rates_of
 from elegans.training.device import choose
 from elegans.training.planner import CohortPlan, seconds
+from elegans.training.run import tells
 
 # ---- tasks
 
@@ -152,7 +153,7 @@ def run_rows(store: Store) -> pa.Table:
     """A row per run: state, length, the fields that differ, last validation and test scores."""
     runs = store.runs()
     heads = ("run", "cohort", "label", "state", "diverged_at", "length", "parameters", "flops_per_step")
-    differ = [n for n in runs.column_names if n not in heads and len(set(map(str, runs[n].to_pylist()))) > 1]
+    differ = [n for n in runs.column_names if n not in heads and tells(n, runs[n].to_pylist())]
     picked = ", ".join(f'r."{n}"' for n in differ)
     last = "select run, {0} from metrics where split = '{1}' group by run"
     best = "arg_max(loss, step) as {0}_loss, arg_max(exact_match, step) as {0}_exact"

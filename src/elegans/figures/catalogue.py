@@ -18,7 +18,7 @@ from elegans.errors import Invalid
 from elegans.figures import queries
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import SEEDS
+from elegans.training.run import SEEDS, is_seed
 
 NEEDED = {
     "runs": ("run", "cohort", "label", "state", "diverged_at", "length", "parameters", "flops_per_step"),
@@ -166,7 +166,7 @@ class Catalogue:
         """Fields that differ between runs, seeds and what is recorded apart; of fields that differ together, the first."""
         names = dict.fromkeys(name for f in self.facts.values() for name in f.fields)
         found: dict[tuple[int, ...], str] = {}
-        for name in (n for n in names if n.split(".")[-1] not in SEEDS and n.split(".")[0] not in ("record", "label")):
+        for name in (n for n in names if not is_seed(n) and n.split(".")[0] not in ("record", "label")):
             values = [f.fields.get(name) for f in self.facts.values()]
             order = {v: i for i, v in enumerate(dict.fromkeys(values))}
             if len(order) > 1:

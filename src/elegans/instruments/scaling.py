@@ -20,7 +20,7 @@ from elegans.randomness import stable_hash
 from elegans.specs import field, identity, spec
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import LENGTHS, SEEDS
+from elegans.training.run import LENGTHS, is_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +195,7 @@ def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
 
 def _configuration(spec: dict[str, Any]) -> str:
     """What is chosen at a budget: every field but seeds, lengths and what is recorded."""
-    rest = {k: v for k, v in specs.flat(spec).items() if not k.startswith("record") and k not in (*SEEDS, *LENGTHS)}
+    rest = {k: v for k, v in specs.flat(spec).items() if not k.startswith("record") and not is_seed(k) and k not in LENGTHS}
     shown = ("model.d_model", "model.layers", "batch", "optim.lr")
     label = " ".join(f"{k.rpartition('.')[2]}={rest[k]:g}" for k in shown if isinstance(rest.get(k), (int, float)))
     other = json.dumps({k: v for k, v in rest.items() if k not in shown}, sort_keys=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from elegans.instruments.crossings import Bracket, change_point, crossing, decad
 from elegans.specs import field, spec
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import SEEDS
+from elegans.training.run import is_seed, tells
 
 # columns that earlier versions of the probe did not write are null
 PROBES = """(from probe union all by name
@@ -221,7 +220,7 @@ def group_names(store: Store) -> dict[str, str]:
     lines = store.lines()
     flat = {line["run"]: specs.flat(line["spec"]) for line in lines}
     names = list(dict.fromkeys(name for fields in flat.values() for name in fields))
-    differ = [n for n in names if n not in SEEDS and len({json.dumps(f.get(n)) for f in flat.values()}) > 1]
+    differ = [n for n in names if not is_seed(n) and tells(n, (f.get(n) for f in flat.values()))]
     return {run: ", ".join(f"{n.rpartition('.')[2]}={_show(f.get(n))}" for n in differ) or "all runs" for run, f in flat.items()}
 
 

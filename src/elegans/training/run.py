@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import ClassVar, Literal
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -75,6 +76,16 @@ class Record(Spec):
 
 SEEDS = ("seed", "data_seed", "init_seed")
 LENGTHS = ("steps", "examples", "epochs", "flops")  # a run gives exactly one
+
+
+def is_seed(name: str) -> bool:
+    """Whether a dotted field is a seed, the run's or a parent's."""
+    return name.split(".")[-1] in SEEDS
+
+
+def tells(name: str, values: Iterable[Any]) -> bool:
+    """Whether a dotted field tells runs with these values apart. What a parent is like tells only runs that have one."""
+    return len({str(v) for v in values if v is not None or not name.startswith("after.")}) > 1
 
 
 @spec
