@@ -59,7 +59,9 @@ def show(
 
 @app.command(epilog="Example: elegans run carry optim.lr=1e-3,3e-3 seed=0..4 --store runs/mine")
 def run(
-    study: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A .py that defines `study`, a .yaml, or a study that ships.")],
+    study: Annotated[
+        str, typer.Argument(metavar="FILE|NAME", help="A .py that defines `study`, a .yaml, or a study that ships (or NAME.PART).")
+    ],
     overrides: Overrides = None,
     store: Annotated[Path | None, typer.Option(help="Folder to keep results in; default runs/<study>.")] = None,
     device: Device = None,

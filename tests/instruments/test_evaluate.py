@@ -106,3 +106,10 @@ def test_without_a_task_it_is_the_parents_and_runs_without_parents_are_left_out(
     assert made.loc[[i for i, run in runs.items() if run.after and run.after.task.kind == "renamed"], "exact_match"].tolist() == [1]
     latch = np.mean([all(parity_on(text)) for text in texts(on(Latch))])
     assert made["exact_match"].min() == pytest.approx(latch)
+
+
+def test_its_own_task_is_that_of_each_run():
+    own = measured(Evaluate(own=True, examples=ROWS))
+    pd.testing.assert_frame_equal(own, measured(Evaluate(task=TASK, examples=ROWS)))
+    with pytest.raises(Invalid, match="own: True"):
+        Evaluate(own=True, task=TASK)

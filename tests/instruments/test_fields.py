@@ -22,6 +22,7 @@ from elegans.training import Run
 
 RUN = Run(Addition(length=3), Transformer(layers=1, d_model=4, heads=2), steps=1, data_seed=0, init_seed=0)
 ITERATIVE = dataclasses.replace(RUN, task=Parity(length=6, shortest=3))  # has lengths, and patterns of its own
+ITERATIVE = dataclasses.replace(ITERATIVE, after=dataclasses.replace(RUN, task=Parity(length=5)))
 DRAWS = {"part": ["train", "validation"], "examples": [5], "at": ["final"]}
 CASES: dict[ReplicaInstrument, dict[str, list[Any]]] = {
     Probe(fit=8, test=4): {
@@ -38,6 +39,7 @@ CASES: dict[ReplicaInstrument, dict[str, list[Any]]] = {
     Patch(examples=4, patterns=("iteration_1",)): {**DRAWS, "patterns": [("iteration_2",), ()], "other": ["final", "seed"]},
     Dynamics(examples=4): DRAWS,
     Evaluate(task=Parity(length=5), examples=4): {**DRAWS, "task": [Parity(length=5, shortest=2), Parity(length=4)]},
+    Evaluate(examples=4): {"own": [True]},
 }
 PAIRS = [pytest.param(base, name, v, id=f"{base.kind}-{name}-{v}") for base, c in CASES.items() for name, vs in c.items() for v in vs]
 

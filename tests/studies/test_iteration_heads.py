@@ -9,20 +9,24 @@ import pytest
 
 from elegans import replace
 from elegans.errors import Invalid
-from elegans.figures.iteration import fit_law, natural
+from elegans.figures.iteration import fit_law
+from elegans.figures.lines import Lines, natural
 from elegans.instruments import Circuit, measure
+from elegans.instruments.crossings import interval
 from elegans.loading import load_study
+from elegans.store import Store
 from elegans.studies import iteration_heads as ih
 from elegans.study import run_study, train
 from elegans.tasks import Split
 from elegans.training import At
 from elegans.training.cohort import group
 from elegans.training.cost import parameters
+from elegans.training.transfer import lineage
 
-STRUCTURES = {  # and runs, counted from the page: seven settings x five lengths, 5 widths x 4 lengths, ...
-    "emergence": (3, 60), "width": (35, 700), "patching": (1, 20), "law": (20, 200), "sharpening": (1, 40), "subtraction": (1, 20),
-    "excess": (9, 90), "positions": (6, 120), "optimiser": (4, 320), "generalisation": (5, 100), "curricula": (4, 240),
-    "joint": (2, 120), "mixing": (1, 120),
+STRUCTURES = {  # and runs, parents included: counted from the page and the docstrings
+    "emergence": (3, 60), "width": (35, 700), "transfer": (2, 80), "finetune": (4, 80), "patching": (1, 20), "law": (20, 200),
+    "freezing": (11, 110), "forgetting": (3, 80), "sharpening": (1, 40), "subtraction": (1, 20), "excess": (9, 90),
+    "positions": (12, 120), "optimiser": (4, 320), "generalisation": (5, 100), "curricula": (4, 240), "joint": (2, 120), "mixing": (1, 120),
 }  # fmt: skip
 
 
@@ -43,11 +47,20 @@ def test_an_epoch_is_1024_rows_of_each_length() -> None:
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_runs_and_structures_of_parts(name) -> None:
     study, small = (load_study(f"iteration_heads.{name}", s) for s in (False, True))
-    assert (len(group(study.runs)), len({run.id for run in study.runs})) == STRUCTURES[name]
+    assert (len(group(study.runs)), len(lineage(study.runs))) == STRUCTURES[name] and len(lineage(study.runs)) == len(study.runs)
     assert study.name == f"iteration_heads.{name}" and study.question.endswith("?") and small.name.endswith("_small")
     assert sum(r.length * r.batch for r in small.runs) < 0.01 * sum(r.length * r.batch for r in study.runs)
     assert all(len({r.seed for r in study.runs if r.label == label}) >= 10 for label in {r.label for r in study.runs})
+    assert all(r.after is None or r.after.seed == r.seed for r in study.runs)
     assert all(r.label for r in study.runs) and ih.PARTS[name].__doc__.count("Cost:") == ih.PARTS[name].__doc__.count("Expect") == 1
+
+
+def test_children_of_transfer_start_after_200_epochs_of_their_own_seed() -> None:
+    runs = ih.PARTS["transfer"](False).runs
+    parents, children = [r for r in runs if r.after is None], [r for r in runs if r.after is not None]
+    assert {r.after_step * r.batch / r.train_set for r in children} == {200} and {r.after.id for r in children} == {r.id for r in parents}
+    assert {r.task.weights for r in children if r.label == "parity after polynomial"} == {(0.0, 1.0)}
+    assert {(r.model.d_model, r.task.tasks[0].length, len(r.task.symbols)) for r in runs} == {(128, 16, 15)}
 
 
 def test_every_part_is_counted_and_an_unknown_one_is_refused() -> None:
@@ -96,6 +109,15 @@ def test_an_iteration_head_emerges_with_it(tiny) -> None:
     assert first.max() < 0.02 and last.mean() > 0.25 and last.min() > first.max()
 
 
+def test_a_figure_draws_the_rows(tiny, tmp_path) -> None:
+    files = ih.draw(tiny["CoT"].path, tmp_path, "iteration_heads.positions")
+    assert [f.name for f in files] == ["positions.png", "positions.pdf", "positions.csv"] and all(f.stat().st_size for f in files)
+    (row,) = [r for r in pyarrow.csv.read_csv(files[-1]).to_pylist() if r["quantity"] == "test_exact_match"]
+    mean, low, high = interval(final(tiny["CoT"]), 0.95)
+    assert (row["label"], row["x"], row["runs"]) == ("CoT", 5, 4)
+    np.testing.assert_allclose((row["mean"], row["low"], row["high"]), (mean, low, high), rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_small_study_shows_emergence_and_draws_it(tmp_path) -> None:
     """4 seeds each. With CoT, exact match and layer-2 peakiness rise within a tenth of the run of each other in most seeds; without CoT
@@ -103,9 +125,9 @@ def test_the_small_study_shows_emergence_and_draws_it(tmp_path) -> None:
     run_study(load_study("iteration_heads", True), tmp_path / "store")
     files = ih.draw(tmp_path / "store", tmp_path / "figures")
     assert [f.name for f in files] == ["emergence.png", "emergence.pdf", "emergence.csv"]
-    store = ih.Store(tmp_path / "store")
+    store = Store(tmp_path / "store")
     last = "select label, max_by(y, step) as y from runs r join ({}) m using (run) group by label, run"
-    exact = last.format("select run, step, exact_match as y from metrics where split = 'validation'")
+    exact = last.format("select run, step, avg(exact_match) as y from evaluate where length >= 4 group by all")
     peaked = last.format(
         "select run, step, avg(peakiness) as y from circuit c where pattern = 'iteration_2' and length >= 4 "
         "and layer = (select max(layer) from circuit d where c.run = d.run) group by all"
@@ -128,6 +150,16 @@ def test_the_law_is_found_again_where_it_holds() -> None:
     found = fit_law(d, n, share)
     np.testing.assert_allclose((found.c, found.b, found.k), (7, 0.35, 6), rtol=1e-3)
     assert math.isclose(float(found.share(found.half(9), 9)), 0.5)
+
+
+def test_lines_cross_a_level_where_they_pass_it_for_good_and_what_is_missing_counts_nowhere() -> None:
+    x, nan = np.array([0.0, 10.0, 20.0, 40.0]), np.nan
+    found = Lines(x, np.array([[0, 1, 0, 1], [0, 0, 1, 1], [0, 0.5, nan, 0.5], [1, 1, 1, 1]]), tuple("abcd"))
+    assert found.crossings(0.5)[3] is None and found.crossings(0.75)[2] is None
+    np.testing.assert_allclose(found.crossings(0.5)[:2], (np.sqrt(20 * 40), np.sqrt(10 * 20)))  # half-way on a logarithmic axis
+    mean, _, high = interval([0, 1, 1], 0.95)
+    np.testing.assert_allclose((found.mean[2], found.half[2]), (mean, (high or 0) - mean))
+    assert np.isnan(dataclasses.replace(found, values=found.values[:2]).half).all()
 
 
 def test_labels_are_sorted_by_their_numbers() -> None:

@@ -1,176 +1,48 @@
-"""Figures of iteration heads, from rows: learning and attention against epochs, settings beside each other, tables, a fitted law.
-
-Runs of one label differ by seed alone. Means are over them, bands and whiskers 95 % t intervals, cut at 0 and 1 where shares are.
-"""
+"""Figures of iteration heads, from rows: learning and attention against epochs, settings beside each other, tables, a fitted law."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy import optimize, stats
+from scipy import optimize
 
 from elegans.figures import style
-from elegans.figures.effects import jitter
-from elegans.figures.paper import LOOK, WIDTH, diamond, name_rows, save
-from elegans.instruments.crossings import crossing, interval
+from elegans.figures.lines import (
+    CONFIDENCE,
+    ENDS,
+    LEARNED,
+    Draw,
+    Drawn,
+    Lines,
+    colours,
+    draw_lines,
+    draw_strips,
+    draw_table,
+    draw_times,
+    exact_match,
+    lines,
+    moment,
+    panels,
+    summary,
+)
+from elegans.instruments.crossings import interval
 from elegans.store import Store
 
-CONFIDENCE, LEARNED, LEAST = 0.95, 0.9, 4  # coverage; exact match that counts as learned; inputs of the shortest row that counts
+LEAST = 4  # inputs of the shortest row that counts, as in the authors' figures
+COUNTED = f'm.length >= least({LEAST}, "task.length")'
 FETCH = f"m.pattern = 'iteration_2' and m.length >= {LEAST}"
-Drawn = tuple[Figure, pa.Table]
-Draw = Callable[[Store], Drawn]
-
-
-def save_drawn(draw: Draw, store: Store, stem: Path) -> list[Path]:
-    """Draw a figure into PNG and PDF, and its numbers into CSV; return the files."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(LOOK):
-        figure, rows = draw(store)
-        files = save(figure, stem)
-    pyarrow.csv.write_csv(rows, stem.with_suffix(".csv"))
-    return [*files, stem.with_suffix(".csv")]
-
-
-# ---- from rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Lines:
-    """One quantity of the runs of one label, at every recorded moment; NaN where a run was not recorded."""
-
-    x: Float[np.ndarray, " moment"]
-    values: Float[np.ndarray, "run moment"]
-    runs: tuple[str, ...]
-
-    @property
-    def mean(self) -> Float[np.ndarray, " moment"]:
-        return np.nanmean(self.values, 0)
-
-    @property
-    def half(self) -> Float[np.ndarray, " moment"]:
-        """Half the width of the interval; NaN for fewer than three runs."""
-        n = np.isfinite(self.values).sum(0)
-        several = np.where(n > 2, n, 2)
-        spread = np.nanstd(self.values, 0) * np.sqrt(several / (several - 1))
-        return np.where(n > 2, stats.t.ppf((1 + CONFIDENCE) / 2, several - 1) * spread / np.sqrt(several), np.nan)
-
-    def crossings(self, level: float) -> list[float | None]:
-        """Where each run passes a level for good."""
-        there = np.isfinite(self.values)
-        return [crossing(self.x[k].tolist(), v[k].tolist(), level) for v, k in zip(self.values, there, strict=True)]
-
-
-def lines(store: Store, table: str, value: str, where: str = "true", by: str = "r.label") -> dict[str, Lines]:
-    """Lines of every label, in natural order; `value` is an aggregate over a run's rows of one moment, m, and r the run."""
-    query = f"""select {by} as label, run, m.step * {moment(store)[0]} as x, {value} as y from runs r join {table} m using (run)
-where {where} group by all having y is not null order by all"""
-    found: dict[str, dict[str, dict[float, float]]] = {}
-    for row in store.sql(query).to_pylist():
-        found.setdefault(row["label"], {}).setdefault(row["run"], {})[row["x"]] = row["y"]
-    return {label: _lines(found[label]) for label in sorted(found, key=natural)}
-
-
-def _lines(runs: dict[str, dict[float, float]]) -> Lines:
-    x = sorted({x for points in runs.values() for x in points})
-    return Lines(np.array(x, float), np.array([[points.get(a, np.nan) for a in x] for points in runs.values()]), tuple(runs))
-
-
-def moment(store: Store) -> tuple[str, str]:
-    """SQL that turns a step of run r into the axis that figures have, and its name: epochs, where there is a finite training set."""
-    finite = "train_set" in store.table("runs").column_names
-    return ("r.batch / r.train_set", "epoch") if finite else ("1.0", "optimiser step")
-
-
-def natural(text: str) -> list[Any]:
-    """A key that sorts numbers in text by size."""
-    return [(0, float(part), "") if part[:1].isdigit() else (1, 0.0, part) for part in re.split(r"(\d+\.?\d*(?:e-\d+)?)", text) if part]
-
-
-def summary(**found: Mapping[str, Lines]) -> pa.Table:
-    """Means and intervals of several quantities as rows."""
-    rows = []
-    for quantity, labels in found.items():
-        for label, each in labels.items():
-            for x, mean, half in zip(each.x.tolist(), each.mean.tolist(), each.half.tolist(), strict=True):
-                ends = {"low": None, "high": None} if np.isnan(half) else {"low": mean - half, "high": mean + half}
-                rows.append({"quantity": quantity, "label": label, "x": x, "runs": len(each.runs), "mean": mean, **ends})
-    return pa.Table.from_pylist(rows)
-
-
-# ---- panels
-
-
-def panels(across: int, height: float = 1.9, down: int = 1, **grid: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of some panels."""
-    figure = Figure(figsize=(max(WIDTH, 1.85 * across), height * down), layout="constrained")
-    return figure, list(figure.subplots(down, across, squeeze=False, **grid).ravel())
-
-
-def colours(labels: Iterable[str]) -> dict[str, Any]:
-    """A colour for each label."""
-    names = list(labels)
-    shades = style.NAMED if len(names) <= len(style.NAMED) else matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(names)))
-    return dict(zip(names, shades, strict=False))
-
-
-def draw_lines(
-    axes: Axes, found: Mapping[str, Lines], ylabel: str, xlabel: str, share: bool = True, of: Mapping[str, Any] | None = None
-) -> None:
-    """Means with their bands; colours by label, where other panels have them too."""
-    for label, each in found.items():
-        colour = (of or colours(found))[label]
-        low, high = each.mean - each.half, each.mean + each.half
-        cut = (0, 1) if share else (-np.inf, np.inf)
-        axes.fill_between(each.x, np.clip(low, *cut), np.clip(high, *cut), color=colour, alpha=0.2, linewidth=0)
-        axes.plot(each.x, each.mean, color=colour, label=f"{label} ({len(each.runs)})")
-    if share:
-        axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-
-
-def draw_strips(axes: Axes, found: Mapping[str, Sequence[float]], xlabel: str, notes: Mapping[str, str] | None = None) -> None:
-    """A row for each label: its runs as points, their mean as a diamond with whiskers."""
-    for place, (label, each) in enumerate(found.items()):
-        if each:
-            axes.plot(each, place + jitter(len(each), 0.24), ".", color=style.GREY, alpha=0.6, markersize=4, markeredgewidth=0)
-            diamond(axes, *interval(each, CONFIDENCE), place, style.BLUE)
-        axes.text(1.02, place, (notes or {}).get(label, ""), transform=axes.get_yaxis_transform(), va="center", fontsize=6)
-    name_rows(axes, list(found))
-    axes.set_xlabel(xlabel)
-
-
-def draw_table(axes: Axes, values: Float[np.ndarray, "row column"], rows: Sequence[str], columns: Sequence[Any], texts: Any = None) -> None:
-    """Shares from 0 to 1 as a heat map with the numbers in it; grey where there is none."""
-    axes.set_facecolor("#DDDDDD")
-    axes.imshow(np.ma.masked_invalid(values), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-    for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            shown = f"{value:.2f}" if texts is None else texts[i][j]
-            axes.text(j, i, shown, ha="center", va="center", fontsize=5.5, color="white" if value < 0.6 else "black")
-    axes.set_xticks(range(len(columns)), [str(c) for c in columns])
-    axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(length=0)
-
-
-# ---- the figures of parts
 
 
 def emergence(store: Store) -> Drawn:
     """Exact match and layer-2 peakiness against epochs; and, run by run, where each is half-way."""
     figure, axes = panels(3)
-    exact = lines(store, "metrics", "max(exact_match)", "split = 'validation'")
+    exact = lines(store, "evaluate", "avg(exact_match)", f"m.length >= {LEAST}")
     last = f"{FETCH} and m.layer = (select max(layer) from circuit c where c.run = m.run)"
     peaked = lines(store, "circuit", "avg(peakiness)", last)
     (_, unit), of, pairs = moment(store), colours(exact), half_ways(exact, peaked)
@@ -206,15 +78,11 @@ def _interval(values: Sequence[float]) -> str:
 def arms(store: Store) -> Drawn:
     """Every setting's exact match on test rows at the end, and when validation rows passed 0.9."""
     final = lines(store, "metrics", "max(exact_match)", "split = 'test'")
-    course = lines(store, "metrics", "max(exact_match)", "split = 'validation'")
-    times = {label: course[label].crossings(LEARNED) for label in final}
-    reached = {label: [t for t in found if t is not None] for label, found in times.items()}
+    course = exact_match(store)
     figure, axes = panels(2, 0.7 + 0.17 * len(final), sharey=True)
     draw_strips(axes[0], {label: [v for v in each.values[:, -1] if np.isfinite(v)] for label, each in final.items()}, "exact match, test")
     axes[0].set_xlim(-0.03, 1.03)
-    draw_strips(
-        axes[1], reached, f"{moment(store)[1]} of exact match {LEARNED:g}", {k: f"{len(v)}/{len(times[k])}" for k, v in reached.items()}
-    )
+    draw_times(axes[1], {label: course[label] for label in final}, moment(store)[1])
     return figure, summary(test_exact_match=final, exact_match=course)
 
 
@@ -223,9 +91,9 @@ def table(published: Mapping[str, Mapping[int, float]]) -> Draw:
 
     def draw(store: Store) -> Drawn:
         length = """r.label || ' @ ' || "task.length" """
-        found = lines(store, "metrics", "max(exact_match)", "split = 'test'", by=length)
+        found = lines(store, "evaluate", "avg(exact_match)", COUNTED, by=length)
         cells = {tuple(key.split(" @ ")): each for key, each in found.items()}
-        rows = [k for k in published if any(k == a for a, _ in cells)] + sorted({a for a, _ in cells} - set(published))
+        rows = [label for label in published if any(label == a for a, _ in cells)]
         columns = sorted({int(b) for _, b in cells})
         known = {(a, int(b)): (each.mean[-1], each.half[-1]) for (a, b), each in cells.items()}
         pairs = np.array([[known.get((r, c), (np.nan, np.nan)) for c in columns] for r in rows])
@@ -262,7 +130,7 @@ def sharpening(store: Store) -> Drawn:
     figure, axes = panels(4)
     last = "layer = (select max(layer) from circuit)"
     made = {
-        "exact match": lines(store, "metrics", "max(exact_match)", "split = 'validation'"),
+        "exact match": exact_match(store),
         "attention to x_t": lines(store, "circuit", "avg(attention)", f"{FETCH} and {last}"),
         "entropy, nats": lines(store, "dynamics", "avg(entropy)", f"m.of = 'attention' and {last}"),
         "largest share": lines(store, "dynamics", "avg(peak)", f"m.of = 'attention' and {last}"),
@@ -280,7 +148,7 @@ def subtraction(store: Store) -> Drawn:
     level = {
         name: next(iter(lines(store, "probe", f"avg({name})", "feature = 'step'", by="''").values())) for name in ("control", "chance")
     }
-    exact = lines(store, "metrics", "max(exact_match)", "split = 'validation'")
+    exact = exact_match(store)
     draw_lines(axes[0], read | level, "accuracy of the step", moment(store)[1])
     axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=5.5)
     draw_lines(axes[1], exact, "exact match", moment(store)[1])
@@ -302,6 +170,64 @@ where {FETCH} group by all) join runs r using (run) group by all order by run, y
     draw_strips(axes[1], {label: each.values[:, -1].tolist() for label, each in sharp.items()}, "peakiness of the sharpest head")
     axes[1].set_xlim(-0.03, 1.03)
     return figure, summary(peakiness=sharp)
+
+
+def forgetting(store: Store) -> Drawn:
+    """Exact match on the new task and on the parent's, against epochs."""
+    figure, axes = panels(2)
+    old = lines(store, "evaluate", "max(exact_match)", "m.length is null")
+    new = {label: each for label, each in exact_match(store).items() if label in old}
+    for each, (title, found) in zip(axes, {"new": new, "old": old}.items(), strict=True):
+        draw_lines(each, found, f"exact match, {title} task", moment(store)[1])
+    axes[1].legend(loc="best", fontsize=5.5)
+    return figure, summary(new=new, old=old)
+
+
+def mixing(store: Store) -> Drawn:
+    """Parity alone: exact match against epochs, and when it passed 0.9."""
+    alone = lines(store, "evaluate", "max(exact_match)", "m.length is null")
+    figure, axes = panels(2)
+    draw_lines(axes[0], alone, "exact match, parity alone", moment(store)[1])
+    draw_times(axes[1], alone, moment(store)[1])
+    return figure, summary(parity=alone)
+
+
+# ---- transfer
+
+
+def transfer(store: Store) -> Drawn:
+    """Learning after another task and from scratch; and how many times fewer epochs it takes to exact match 0.9."""
+    course, unit = exact_match(store), moment(store)[1]
+    figure, axes = panels(4)
+    tables = [summary(exact_match=course)]
+    for k, label in enumerate(label for label in course if " after " in label):
+        scratch = f"{label.split(' after ')[0]} from scratch"
+        draw_lines(axes[2 * k], {name: course[name] for name in (scratch, label)}, "exact match", unit)
+        axes[2 * k].legend(loc="best", fontsize=5.5)
+        found = speed_ups(store, course[scratch], course[label])
+        draw_strips(axes[2 * k + 1], found, "decades of epochs saved")
+        axes[2 * k + 1].axvline(0, color=style.GREY, linewidth=0.8)
+        means = {name: [None if v is None else 10**v for v in interval(each, CONFIDENCE)] for name, each in found.items() if each}
+        axes[2 * k + 1].set_title("\n".join(f"{name}: {times(*mean)}" for name, mean in means.items()), fontsize=6)
+        rows = [{"label": label, "quantity": name, "runs": len(found[name])} | dict(zip(ENDS, v, strict=True)) for name, v in means.items()]
+        tables += [pa.Table.from_pylist(rows)] if rows else []
+    return figure, pa.concat_tables(tables, promote_options="permissive")
+
+
+def times(mean: float | None, low: float | None, high: float | None) -> str:
+    """A ratio with its interval."""
+    return f"{mean:.3g} x" if low is None or high is None else f"{mean:.3g} x [{low:.3g}, {high:.3g}]"
+
+
+def speed_ups(store: Store, scratch: Lines, child: Lines) -> dict[str, list[float]]:
+    """Of every seed that passes 0.9 both ways, log10 of the epochs from scratch over those after another task: of its own epochs alone, and
+    counting those that the parent had trained."""
+    query = f"select run, seed, coalesce(after_step, 0) * {moment(store)[0]} as earlier from runs r"
+    known = {row["run"]: row for row in store.sql(query).to_pylist()}
+    reached = [{known[run]["seed"]: at for run, at in zip(each.runs, each.crossings(LEARNED), strict=True)} for each in (scratch, child)]
+    both = [(a, b) for seed, b in reached[1].items() if b is not None and (a := reached[0].get(seed)) is not None]
+    before = known[child.runs[0]]["earlier"]
+    return {f"counting {n:g} before": np.log10([a / (b + n) for a, b in both]).tolist() for n in (0, before)}
 
 
 # ---- the law of length and width
@@ -336,8 +262,8 @@ def fit_law(d: Float[np.ndarray, " run"], length: Float[np.ndarray, " run"], sha
 
 def law(store: Store, draws: int = 200) -> Drawn:
     """Exact match against width at every length, and the fitted width that a length needs, with a bootstrap over runs of each cell."""
-    query = """select "model.d_model" as d, "task.length" as n, exact_match as y from runs join metrics using (run)
-where split = 'test' order by all"""
+    query = f"""select "model.d_model" as d, "task.length" as n, avg(m.exact_match) as y from runs r join evaluate m using (run)
+where {COUNTED} group by run, d, n order by all"""
     d, n, y = (np.array(store.sql(query)[name].to_pylist(), float) for name in ("d", "n", "y"))
     cells = [np.nonzero((d == a) & (n == b))[0] for a, b in sorted(set(zip(d, n, strict=True)))]
     generator, best = np.random.default_rng(0), fit_law(d, n, y)

@@ -29,7 +29,8 @@ class Evaluate(ReplicaInstrument):
     """Scores on held-out rows of another task, in the network's own symbols of the same text.
 
     Without a `task` it is that of the run which each run goes on from, so that rows over steps are curves of forgetting; runs that
-    go on from none are left out. Rows are drawn for the run, the same at every step. `length` is null for all of them
+    go on from none are left out. With `own` it is the one that each run trains on, length by length. Rows are drawn for the run, the same
+    at every step. `length` is null for all of them
     together; where the task has lengths there are further rows for each number of inputs:
       loss          nats per scored token, over the network's whole vocabulary. The task's floor at best
       accuracy      share of scored tokens, 0 to 1. Chance: 1 / vocabulary for a network that knows nothing
@@ -37,8 +38,13 @@ class Evaluate(ReplicaInstrument):
     """
 
     task: Task | None = field(None, "the task; none: that of each run's parent")
+    own: bool = field(False, "the task that each run trains on, instead of another")
     part: Literal["train", "validation", "test"] = field("test", "part of that task's split that rows are from")
     examples: int = field(512, "rows, of all lengths together", ge=1, le=1_000_000)
+
+    def check(self) -> None:
+        if self.own and self.task is not None:
+            raise Invalid("own", True, "allowed: without a task")
 
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
         del data  # the run's own task's
@@ -61,12 +67,15 @@ class Evaluate(ReplicaInstrument):
 
     def _other(self, run: Run) -> Run:
         """A run of the other task."""
-        assert self.task is not None
-        return Run(self.task, run.model, steps=1)
+        if self.own:
+            return run
+        task = self.task or (run.after.task if run.after else None)
+        assert task is not None
+        return Run(task, run.model, steps=1)
 
     def _over(self, runs: dict[str, Run], networks: list[tuple[str, int, np.ndarray]], listener: Callable) -> Iterator[pa.Table]:
         """Networks by the task that they are measured on, which is the same for those of one program."""
-        if self.task is not None:
+        if self.own or self.task is not None:
             yield from super()._over(runs, networks, listener)
             return
         for task in dict.fromkeys(run.after.task for run in runs.values() if run.after is not None):

@@ -5,14 +5,13 @@
     elegans run iteration_heads.width seed=0..4 epochs=300   # cheaper
     elegans run iteration_heads --small                      # two CPU cores, about two minutes; so has every part
 
-Polynomial iteration s_t = s_(t-1) x_t + 1 mod 11, parity and binary copy, of 1 to `length` inputs, with and without the states written
-out. The model and its training are those of Cabannes et al. 2024 ("Iteration Head"): d_model and length vary by part, 2 layers, 1 head,
-no biases, learned positions, a normalised skip path, embedding dropout 0.1; Adam at 3e-4, batches of 256, passes over 1,024 rows of
-each length. Ours: rows are split by content, padding is not scored, batches are shuffled, ids derive from the task, 20 seeds.
+Polynomial iteration s_t = s_(t-1) x_t + 1 mod 11, parity and binary copy of 1 to `length` inputs. The model and its training are those of
+Cabannes et al. 2024 ("Iteration Head"): 2 layers, 1 head, no biases, learned positions, a normalised skip path, embedding dropout 0.1;
+Adam at 3e-4, batches of 256, passes over 1,024 rows of each length. Ours: rows are split by content, padding is not scored, batches
+are shuffled. Means over lengths are of 4 inputs and more where a part measures lengths apart (`evaluate`, `circuit`), else of all.
 
-A part is one question: its docstring says what is run, its cost and the number to expect. A cost is structures x runs x steps; one H100
-takes about 0.1 ms for each layer of a step, or 1 ms a step for 20 runs of d 32 and length 8 where that is more. Seeds, rates, weights of
-mixtures and ends of curricula are leaves: they share a cohort. `draw(store, folder)` draws a part's figures from its store.
+A part is one question: its docstring says what is run, its cost (structures x runs x steps) and the number to expect. Seeds, rates,
+weights of mixtures and ends of curricula are leaves: they share a cohort. `draw(store, folder)` draws a part's figure from its store.
 """
 
 from __future__ import annotations
@@ -24,16 +23,31 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from elegans.figures import iteration
-from elegans.instruments import Circuit, Dynamics, Instrument, Patch, Probe
-from elegans.models import MLP, ALiBi, LayerNorm, Learned, Positions, Rotary, Sinusoidal, Transformer
-from elegans.specs import grid, replace
+from elegans.figures.lines import Draw, save_drawn
+from elegans.instruments import Circuit, Dynamics, Evaluate, Instrument, Patch, Probe
+from elegans.models import ALiBi, Learned, Rotary, Sinusoidal
+from elegans.specs import replace
 from elegans.store import Store
+from elegans.studies.iteration_heads.settings import (
+    FULL,
+    PIECES,
+    SMALL,
+    Scale,
+    after,
+    model,
+    pair,
+    parity,
+    polynomial,
+    seeded,
+    setting,
+    sketched,
+    taught,
+)
 from elegans.study import Study
-from elegans.tasks import BinaryCopy, Curriculum, Mixture, Parity, Polynomial, Task
-from elegans.training import AdamW, Every, Record, Run
+from elegans.tasks import BinaryCopy, Curriculum, Mixture, Task
+from elegans.training import At, Run, follow
 
 PUBLISHED = {  # mean test accuracy of 4 and more inputs at epoch 960, by length, of Cabannes et al. 2024 (about 0.03)
     "polynomial, d 32": {5: 1.0, 10: 1.0, 16: 1.0, 20: 1.0, 30: 1.0},
@@ -45,35 +59,12 @@ PUBLISHED = {  # mean test accuracy of 4 and more inputs at epoch 960, by length
     "parity, no CoT": {5: 1.0, 10: 1.0, 16: 1.0, 20: 1.0, 30: 1.0},
 }
 
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """How large the runs of every part are."""
-
-    modulus: int
-    length: int  # inputs of the longest row, where a part does not vary it
-    d_model: int
-    batch: int
-    lr: float
-    seeds: int
-    epochs: float
-    every: float  # epochs between two recordings
-    lengths: tuple[int, ...]  # that grids vary
-    widths: tuple[int, ...]
-    rows: int = 1024  # of each length, in a training set
-    examples: int = 512  # held-out rows
-
-
-FULL = Scale(11, 8, 32, 256, 3e-4, 20, 1000, 10, (5, 10, 16, 20, 30), (12, 16, 20, 24, 32))
-SMALL = Scale(5, 6, 32, 64, 3e-3, 4, 10, 1, (3, 6), (16, 32), examples=256)
-
-LEARNED = Learned()
 Made = tuple[Sequence[Run], Sequence[Instrument]]
 PARTS: dict[str, Callable[[bool], Study]] = {}
-FIGURES: dict[str, iteration.Draw] = {}
+FIGURES: dict[str, Draw] = {}
 
 
-def part(figure: iteration.Draw) -> Callable[[Callable[[Scale], Made]], Callable[[bool], Study]]:
+def part(figure: Draw) -> Callable[[Callable[[Scale], Made]], Callable[[bool], Study]]:
     """A part of the study, under its function's name: whole, or small; with the figure of its store."""
 
     def of(make: Callable[[Scale], Made]) -> Callable[[bool], Study]:
@@ -101,54 +92,7 @@ def draw(store: str | Path, folder: str | Path, name: str | None = None) -> list
     opened = Store(store)
     said = json.loads((opened.path / "study.json").read_text(encoding="utf-8"))["name"] if name is None else name
     found = said.removesuffix("_small").removeprefix("iteration_heads").removeprefix(".") or "emergence"
-    return iteration.save_drawn(FIGURES[found], opened, Path(folder) / found)
-
-
-# ---- what runs have in common
-
-
-def polynomial(at: Scale, length: int | None = None, cot: bool = True) -> Polynomial:
-    """Polynomial iteration of 1 to `length` inputs, every length equally often."""
-    return Polynomial(modulus=at.modulus, length=length or at.length, shortest=1, lengths="balanced", cot=cot)
-
-
-def parity(at: Scale, length: int | None = None, cot: bool = True) -> Parity:
-    """Parity of 1 to `length` inputs, every length equally often."""
-    return Parity(length=length or at.length, shortest=1, lengths="balanced", cot=cot)
-
-
-def copy(at: Scale) -> BinaryCopy:
-    """Binary copy of 1 to `length` inputs, every length equally often."""
-    return BinaryCopy(length=at.length, shortest=1, lengths="balanced")
-
-
-def model(d_model: int, layers: int = 2, heads: int = 1, position: Positions | None = LEARNED) -> Transformer:
-    """The authors' transformer."""
-    return Transformer(
-        layers=layers, d_model=d_model, heads=heads, mlp=MLP(), norm=LayerNorm(), position=position, skip="normed", embed_dropout=0.1
-    )  # fmt: skip
-
-
-def setting(at: Scale, label: str, task: Task | None = None, of: Transformer | None = None, epochs: float = 1) -> Run:
-    """One run of the authors' training, of so many times the scale's epochs.
-
-    An epoch is 1,024 rows for every length (of several tasks: of the last one) and their finite set; tasks that change as they go
-    see as many fresh rows instead.
-    """
-    task = task or polynomial(at)
-    goal: Any = getattr(task, "tasks", (task,))[-1]
-    rows = at.rows * len(goal.spans)
-    when = Every(max(1, round(epochs * at.every * rows / at.batch)))
-    record = Record(evaluate=when, weights=when, examples=at.examples, by_position=False)
-    passes = epochs * at.epochs
-    length: dict[str, Any] = {"examples": passes * rows} if task.scheduled else {"epochs": passes, "train_set": rows}
-    optim = AdamW(lr=at.lr, weight_decay=0.0, b2=0.999, clip=None)
-    return Run(task=task, model=of or model(at.d_model), optim=optim, batch=at.batch, record=record, label=label, **length)
-
-
-def seeded(at: Scale, *runs: Run, share: float = 1) -> list[Run]:
-    """The runs with every seed, or a share of the seeds."""
-    return [made for run in runs for made in grid(run, {"seed": range(max(2, round(share * at.seeds)))})]
+    return save_drawn(FIGURES[found], opened, Path(folder) / found)
 
 
 # ---- what must be decided
@@ -160,30 +104,63 @@ def emergence(at: Scale) -> Made:
 
     Polynomial, d 32, length 8; 20 seeds with chain of thought and two layers, 20 without it, 20 with one layer. Without chain of
     thought no state is written and the head's pattern is not defined: its peakiness is missing there, not 0.
-    Cost: 3 structures x 20 runs x 32,000 steps. Expect (one seed, the page): exact match 0.10 to 1.00 and layer-2 peakiness 0.23 to
+    Cost: 3 structures x 20 runs x 32,000 steps. Expect (one seed): exact match 0.10 to 1.00 and layer-2 peakiness 0.23 to
     0.96 between epochs 150 and 175.
     """
     arms = setting(at, "CoT"), setting(at, "no CoT", polynomial(at, cot=False)), setting(at, "one layer", of=model(at.d_model, 1))
-    return seeded(at, *arms), (Circuit(examples=at.examples),)
+    return seeded(at, *arms), (Circuit(examples=at.examples), Evaluate(own=True, examples=at.examples))
 
 
 @part(iteration.table(PUBLISHED))
 def width(at: Scale) -> Made:
     """How does accuracy fall with the length of the rows and the width of the model, and what do CoT and the second layer change?
 
-    The page's table, cell by cell: seven settings at lengths 5, 10, 16, 20 and 30. Cost: 35 structures x 20 runs x 20,000 to 120,000
+    The published table, cell by cell: seven settings at lengths 5, 10, 16, 20 and 30. Cost: 35 structures x 20 runs x 20,000 to 120,000
     steps, some 80 minutes of one H100; `seed=0..4 epochs=500` an eighth. Expect `PUBLISHED`: polynomial at d 32 always 1, at d 16
     down to .03 at length 30, without CoT .1, with one layer .87 to .03; parity without CoT always 1.
     """
-    small = at.widths if at is SMALL else (20, 16)
-    runs = []
+    widths, runs = (at.widths if at.small else (32, 20, 16)), []
     for n in at.lengths:
-        runs += [setting(at, f"polynomial, d {d}", polynomial(at, n), model(d)) for d in dict.fromkeys((at.d_model, *small))]
-        runs += [setting(at, "polynomial, no CoT", polynomial(at, n, False), model(at.d_model))]
-        runs += [setting(at, "polynomial, 1 layer", polynomial(at, n), model(62, 1))]
-        runs += [setting(at, f"parity, d {at.d_model}", parity(at, n), model(at.d_model))]
-        runs += [setting(at, "parity, no CoT", parity(at, n, False), model(12))]
-    return seeded(at, *(replace(run, "record.weights", None) for run in runs)), ()
+        runs += [setting(at, f"polynomial, d {d}", polynomial(at, n), model(d)) for d in widths]
+        runs.append(setting(at, "polynomial, no CoT", polynomial(at, n, False)))
+        runs.append(setting(at, "polynomial, 1 layer", polynomial(at, n), model(62, 1)))
+        runs.append(setting(at, f"parity, d {at.d_model}", parity(at, n)))
+        runs.append(setting(at, "parity, no CoT", parity(at, n, False), model(12)))
+    return seeded(at, *sketched(*runs)), (Evaluate(own=True, examples=at.examples, at="final"),)
+
+
+@part(iteration.transfer)
+def transfer(at: Scale) -> Made:
+    """How much sooner is parity learned after 200 epochs of polynomial iteration than from scratch, and polynomial after parity?
+
+    d 128, length 16; a child starts from its parent's weights at epoch 200, with a new optimiser. Epochs to exact match 0.9 and their ratio
+    to scratch, seed by seed, with and without counting the 200. Overriding `seed` would pair children with other seeds' parents: leave it.
+    Cost: 2 structures x 40 runs x 64,000 and 32,000 steps, some 20 minutes of one H100. Expect: 0.9 after about 20 epochs against 615
+    (30 times; 2.8 times counting the first 200).
+    """
+    large = at if at.small else dataclasses.replace(at, length=2 * at.length, d_model=4 * at.d_model)
+    tasks = {"polynomial": pair(large, 1.0), "parity": pair(large, 0.0)}
+    step = round((0.5 if at.small else 0.2) * setting(large, "", tasks["parity"]).length)
+    runs = []
+    for first, second in (("polynomial", "parity"), ("parity", "polynomial")):
+        parent = replace(setting(large, f"{first} from scratch", tasks[first]), "record.weights", At((step,)))
+        child = setting(large, f"{second} after {first}", tasks[second], epochs=0.5, every=0.2)
+        parents = seeded(at, parent)
+        runs += parents + [dataclasses.replace(run, after_step=step) for run in follow(parents, *sketched(child))]
+    return runs, ()
+
+
+@part(iteration.arms)
+def finetune(at: Scale) -> Made:
+    """Is MLP 2 all that must learn to go from polynomial iteration to parity?
+
+    Parity after polynomial with every weight and with MLP 2 alone; MLP 2 alone of an untrained network as a control.
+    Cost: 4 structures x 20 runs x 32,000 steps. Expect from the circuit: MLP 2 alone suffices after polynomial and not without.
+    """
+    (child,) = sketched(setting(at, "all weights", pair(at, 0.0)))
+    alone = dataclasses.replace(child, label="MLP 2 alone", trained=PIECES["MLP 2"])
+    control = dataclasses.replace(alone, label="MLP 2 alone, untrained before")
+    return after(taught(at), child, alone) + seeded(at, control), ()
 
 
 @part(iteration.patching)
@@ -210,7 +187,34 @@ def law(at: Scale) -> Made:
     """
     lengths = [n for n in at.lengths if n <= 20]
     runs = [setting(at, f"d {d}, length {n}", polynomial(at, n), model(d)) for d, n in itertools.product(at.widths, lengths)]
-    return seeded(at, *(replace(run, "record.weights", None) for run in runs), share=0.5), ()
+    return seeded(at, *sketched(*runs), share=0.5), (Evaluate(own=True, examples=at.examples, at="final"),)
+
+
+@part(iteration.arms)
+def freezing(at: Scale) -> Made:
+    """Which weights must, and which need not, change to go from polynomial iteration to parity?
+
+    Each of embeddings, attention 1, MLP 1, attention 2 and MLP 2 alone, and all but it. Cost: 10 structures x 10 runs x 16,000 steps
+    and the parents of `finetune` (10 runs x 32,000). Expect nothing published.
+    """
+    child = sketched(setting(at, "", pair(at, 0.0), epochs=0.5))[0]
+    arms = {f"{name} alone": globs for name, globs in PIECES.items()}
+    arms |= {f"all but {name}": ("*", *(f"!{glob}" for glob in globs)) for name, globs in PIECES.items()}
+    children = [dataclasses.replace(child, label=label, trained=globs) for label, globs in arms.items()]
+    return after(taught(at, 0.5), *children), ()
+
+
+@part(iteration.forgetting)
+def forgetting(at: Scale) -> Made:
+    """Is polynomial iteration forgotten while parity is learned after it, and what keeps it?
+
+    Every weight, MLP 2 alone, and every weight with a tenth of polynomial rows left in the mix (a leaf); polynomial is measured all along.
+    Cost: 3 structures x 20, 40 and 20 runs x 16,000 (parents 32,000) steps. Expect nothing published.
+    """
+    child = setting(at, "all weights", pair(at, 0.0), epochs=0.5, every=0.5)
+    kept = dataclasses.replace(child, label="a tenth of polynomial", task=pair(at, 0.1))
+    alone = dataclasses.replace(child, label="MLP 2 alone", trained=PIECES["MLP 2"])
+    return after(taught(at), child, kept, alone), (Evaluate(examples=at.examples),)
 
 
 @part(iteration.sharpening)
@@ -220,7 +224,7 @@ def sharpening(at: Scale) -> Made:
     Twice the epochs of `emergence`, without and with weight decay 0.1 (a leaf). Cost: 1 structure x 40 runs x 64,000 steps.
     Expect nothing published. Peakiness saturates with accuracy by its definition (a > 0.5): the mean of a and the entropy tell.
     """
-    arms = [replace(setting(at, f"weight decay {w:g}", epochs=2), "optim.weight_decay", w) for w in (0.0, 0.1)]
+    arms = [replace(setting(at, f"weight decay {w:g}", epochs=2, every=2), "optim.weight_decay", w) for w in (0.0, 0.1)]
     return seeded(at, *arms), (Circuit(examples=at.examples), Dynamics(examples=at.examples))
 
 
@@ -230,7 +234,7 @@ def subtraction(at: Scale) -> Made:
 
     The runs of `emergence` with CoT; linear probes of `step` (one read a row, at any position after any length, so that t is no
     function of the position) before and after every component. Cost: 1 structure x 20 runs x 32,000 steps, 101 x 20 networks probed at 7
-    sites. Expect from the circuit: chance-like at the embedding, low after attention 1, near 1 after MLP 1.
+    sites. Expect from the circuit: below 1 at the embedding, whose position bounds t, and near 1 from attention 1 on, linearly after MLP 1.
     """
     probe = Probe(features=("step",), families=("embed", "attn_out", "resid_mid", "resid"), fit=2 * at.examples, test=at.examples)
     return seeded(at, setting(at, "CoT")), (probe,)
@@ -243,21 +247,22 @@ def excess(at: Scale) -> Made:
     2, 3 or 4 layers of 1, 2 or 4 heads; every head of every layer scored against both patterns. Cost: 9 structures x 10 runs x
     32,000 steps. Expect nothing published.
     """
-    layers, heads = ((2, 3), (1, 2)) if at is SMALL else ((2, 3, 4), (1, 2, 4))
+    layers, heads = ((2, 3), (1, 2)) if at.small else ((2, 3, 4), (1, 2, 4))
     arms = [setting(at, f"{n} layers, {h} heads", of=model(at.d_model, n, h)) for n, h in itertools.product(layers, heads)]
-    return seeded(at, *(replace(run, "record.weights", None) for run in arms), share=0.5), (Circuit(examples=at.examples, at="final"),)
+    return seeded(at, *sketched(*arms), share=0.5), (Circuit(examples=at.examples, at="final"),)
 
 
 @part(iteration.arms)
 def positions(at: Scale) -> Made:
-    """How many coordinates must know of positions for polynomial iteration?
+    """How many coordinates must know of positions for polynomial iteration, and must they be learned?
 
-    Learned positions on the first 1, 2, 4, 8, 16 or all coordinates. Cost: 6 structures x 20 runs x 32,000 steps. Expect nothing
-    published on polynomial.
+    Positions on the first 1, 2, 4, 8, 16 or all coordinates, learned or frozen as they were drawn. Cost: 12 structures x 10 runs x 32,000
+    steps. Expect nothing published on polynomial.
     """
-    dims = (2, None) if at is SMALL else (1, 2, 4, 8, 16, None)
+    dims = (2, None) if at.small else (1, 2, 4, 8, 16, None)
     arms = [setting(at, f"{n or 'all'} dimensions", of=model(at.d_model, position=Learned(dims=n))) for n in dims]
-    return seeded(at, *(replace(run, "record.weights", None) for run in arms)), (Circuit(examples=at.examples, at="final"),)
+    arms += [dataclasses.replace(run, label=f"{run.label}, frozen", trained=("*", "!pos_embed.*")) for run in arms]
+    return seeded(at, *sketched(*arms), share=0.5), ()
 
 
 @part(iteration.arms)
@@ -268,7 +273,7 @@ def optimiser(at: Scale) -> Made:
     weight decay 0 or 0.1 are leaves. Cost: 4 structures x 80 runs (8 settings of 10 seeds) x 8,000 to 128,000 steps.
     Expect nothing published.
     """
-    rates, batches = ((at.lr, at.lr / 3), (at.batch, 4 * at.batch)) if at is SMALL else ((1e-4, 3e-4, 1e-3, 3e-3), (64, 256, 1024))
+    rates, batches = ((at.lr, at.lr / 3), (at.batch, 4 * at.batch)) if at.small else ((1e-4, 3e-4, 1e-3, 3e-3), (64, 256, 1024))
     made = []
     for batch, order in [(b, None) for b in batches] + [(at.batch, "short_to_long")]:
         run = replace(setting(dataclasses.replace(at, batch=batch), f"batch {batch}{', short to long' if order else ''}"), "order", order)
@@ -290,7 +295,7 @@ def generalisation(at: Scale) -> Made:
     task = Curriculum(tasks=(polynomial(at), longer), ends=(1.0,))
     kinds = {"learned": Learned(), "sinusoidal": Sinusoidal(), "rotary": Rotary(), "ALiBi": ALiBi(), "none": None}
     arms = [setting(at, name, task, model(at.d_model, position=kind)) for name, kind in kinds.items()]
-    return seeded(at, *(replace(run, "record.weights", None) for run in arms)), ()
+    return seeded(at, *sketched(*arms)), ()
 
 
 @part(iteration.arms)
@@ -302,13 +307,13 @@ def curricula(at: Scale) -> Made:
     """
     stages: dict[str, tuple[Task, ...]] = {
         "lengths": tuple(polynomial(at, max(1, at.length // n)) for n in (4, 2, 1)),
-        "tasks": (copy(at), parity(at), polynomial(at)),
+        "tasks": (parity(at, kind=BinaryCopy), parity(at), polynomial(at)),
     }
     arms = []
     for name, keep, ends in itertools.product(stages, (False, True), (0.0, 0.1, 0.2)):
         label = f"{name}{', kept' if keep else ''}, {f'to {2 * ends:g}' if ends else 'at once'}"
         arms.append(setting(at, label, Curriculum(tasks=stages[name], ends=(ends, 2 * ends), keep=keep)))
-    return seeded(at, *(replace(run, "record.weights", None) for run in arms)), ()
+    return seeded(at, *sketched(*arms)), ()
 
 
 @part(iteration.heads)
@@ -318,18 +323,18 @@ def joint(at: Scale) -> Made:
     Shares of polynomial 1, 0.5 and 0 (a leaf) with 1 and 2 heads. A head that serves both tasks is peaked on all rows, one that
     serves one task on half of them. Cost: 2 structures x 60 runs x 32,000 steps. Expect nothing published.
     """
-    mixtures = {w: Mixture(tasks=(polynomial(at), parity(at)), weights=(w, 1 - w)) for w in (1.0, 0.5, 0.0)}
+    mixtures = {w: pair(at, w) for w in (1.0, 0.5, 0.0)}
     arms = [setting(at, f"{w:.0%} polynomial, {h} heads", task, model(at.d_model, heads=h)) for h in (1, 2) for w, task in mixtures.items()]
     return seeded(at, *arms), (Circuit(examples=at.examples, at="final"),)
 
 
-@part(iteration.arms)
+@part(iteration.mixing)
 def mixing(at: Scale) -> Made:
     """Does copying in the mix help parity, and how much of it is best?
 
     Shares 0 to 0.9 of binary copy, the rest parity (the authors' mix): a leaf. Cost: 1 structure x 120 runs x 32,000 steps. Expect nothing
     published in numbers.
     """
-    tasks = copy(at), parity(at)
+    tasks = parity(at, kind=BinaryCopy), parity(at)
     arms = [setting(at, f"{w:g} copy", Mixture(tasks=tasks, weights=(w, 1 - w))) for w in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)]
-    return seeded(at, *(replace(run, "record.weights", None) for run in arms)), ()
+    return seeded(at, *arms), (Evaluate(task=parity(at), examples=at.examples),)

@@ -1,0 +1,176 @@
+"""Lines of runs that differ by seed alone, from rows: means with 95 % t intervals, and panels that draw them.
+
+Intervals of shares are cut at 0 and 1 where they are drawn, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from elegans.figures import style
+from elegans.figures.effects import jitter
+from elegans.figures.paper import LOOK, WIDTH, diamond, name_rows, save
+from elegans.instruments.crossings import crossing, interval
+from elegans.store import Store
+
+CONFIDENCE, LEARNED = 0.95, 0.9  # coverage; exact match that counts as learned
+ENDS = ("mean", "low", "high")
+Drawn = tuple[Figure, pa.Table]
+Draw = Callable[[Store], Drawn]
+
+
+def save_drawn(draw: Draw, store: Store, stem: Path) -> list[Path]:
+    """Draw a figure into PNG and PDF, and its numbers into CSV; return the files."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(LOOK):
+        figure, rows = draw(store)
+        files = save(figure, stem)
+    pyarrow.csv.write_csv(rows, stem.with_suffix(".csv"))
+    return [*files, stem.with_suffix(".csv")]
+
+
+# ---- from rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """One quantity of the runs of one label, at every recorded moment; NaN where a run was not recorded."""
+
+    x: Float[np.ndarray, " moment"]
+    values: Float[np.ndarray, "run moment"]
+    runs: tuple[str, ...]
+
+    @property
+    def mean(self) -> Float[np.ndarray, " moment"]:
+        return np.nanmean(self.values, 0)
+
+    @property
+    def half(self) -> Float[np.ndarray, " moment"]:
+        """Half the width of the interval; NaN for fewer than three runs."""
+        n = np.isfinite(self.values).sum(0)
+        several = np.where(n > 2, n, 2)
+        spread = np.nanstd(self.values, 0) * np.sqrt(several / (several - 1))
+        return np.where(n > 2, stats.t.ppf((1 + CONFIDENCE) / 2, several - 1) * spread / np.sqrt(several), np.nan)
+
+    def crossings(self, level: float) -> list[float | None]:
+        """Where each run passes a level for good."""
+        there = np.isfinite(self.values)
+        return [crossing(self.x[k].tolist(), v[k].tolist(), level) for v, k in zip(self.values, there, strict=True)]
+
+
+def lines(store: Store, table: str, value: str, where: str = "true", by: str = "r.label") -> dict[str, Lines]:
+    """Lines of every label, in natural order; `value` is an aggregate over a run's rows of one moment, m, and r the run."""
+    query = f"""select {by} as label, run, m.step * {moment(store)[0]} as x, {value} as y from runs r join {table} m using (run)
+where {where} group by all having y is not null order by all"""
+    found: dict[str, dict[str, dict[float, float]]] = {}
+    for row in store.sql(query).to_pylist():
+        found.setdefault(row["label"], {}).setdefault(row["run"], {})[row["x"]] = row["y"]
+    return {label: _lines(found[label]) for label in sorted(found, key=natural)}
+
+
+def exact_match(store: Store) -> dict[str, Lines]:
+    """That of validation rows, while training."""
+    return lines(store, "metrics", "max(exact_match)", "split = 'validation'")
+
+
+def _lines(runs: dict[str, dict[float, float]]) -> Lines:
+    x = sorted({x for points in runs.values() for x in points})
+    return Lines(np.array(x, float), np.array([[points.get(a, np.nan) for a in x] for points in runs.values()]), tuple(runs))
+
+
+def moment(store: Store) -> tuple[str, str]:
+    """SQL that turns a step of run r into the axis that figures have, and its name: epochs, where there is a finite training set."""
+    finite = "train_set" in store.table("runs").column_names
+    return ("r.batch / r.train_set", "epoch") if finite else ("1.0", "optimiser step")
+
+
+def natural(text: str) -> list[Any]:
+    """A key that sorts numbers in text by size."""
+    return [(0, float(part), "") if part[:1].isdigit() else (1, 0.0, part) for part in re.split(r"(\d+\.?\d*(?:e-\d+)?)", text) if part]
+
+
+def summary(**found: Mapping[str, Lines]) -> pa.Table:
+    """Means and intervals of several quantities as rows."""
+    rows = []
+    for quantity, labels in found.items():
+        for label, each in labels.items():
+            for x, mean, half in zip(each.x.tolist(), each.mean.tolist(), each.half.tolist(), strict=True):
+                ends = (mean, None, None) if np.isnan(half) else (mean, mean - half, mean + half)
+                rows.append({"quantity": quantity, "label": label, "x": x, "runs": len(each.runs), **dict(zip(ENDS, ends, strict=True))})
+    return pa.Table.from_pylist(rows)
+
+
+# ---- panels
+
+
+def panels(across: int, height: float = 1.9, down: int = 1, **grid: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of some panels."""
+    figure = Figure(figsize=(max(WIDTH, 1.85 * across), height * down), layout="constrained")
+    return figure, list(figure.subplots(down, across, squeeze=False, **grid).ravel())
+
+
+def colours(labels: Iterable[str]) -> dict[str, Any]:
+    """A colour for each label."""
+    names = list(labels)
+    shades = style.NAMED if len(names) <= len(style.NAMED) else matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+    return dict(zip(names, shades, strict=False))
+
+
+def draw_lines(
+    axes: Axes, found: Mapping[str, Lines], ylabel: str, xlabel: str, share: bool = True, of: Mapping[str, Any] | None = None
+) -> None:
+    """Means with their bands; colours by label, where other panels have them too."""
+    for label, each in found.items():
+        colour = (of or colours(found))[label]
+        low, high = each.mean - each.half, each.mean + each.half
+        cut = (0, 1) if share else (-np.inf, np.inf)
+        axes.fill_between(each.x, np.clip(low, *cut), np.clip(high, *cut), color=colour, alpha=0.2, linewidth=0)
+        axes.plot(each.x, each.mean, color=colour, label=f"{label} ({len(each.runs)})")
+    if share:
+        axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+
+
+def draw_strips(axes: Axes, found: Mapping[str, Sequence[float]], xlabel: str, notes: Mapping[str, str] | None = None) -> None:
+    """A row for each label: its runs as points, their mean as a diamond with whiskers."""
+    for place, (label, each) in enumerate(found.items()):
+        if each:
+            axes.plot(each, place + jitter(len(each), 0.24), ".", color=style.GREY, alpha=0.6, markersize=4, markeredgewidth=0)
+            diamond(axes, *interval(each, CONFIDENCE), place, style.BLUE)
+        axes.text(1.02, place, (notes or {}).get(label, ""), transform=axes.get_yaxis_transform(), va="center", fontsize=6)
+    name_rows(axes, list(found))
+    axes.set_xlabel(xlabel)
+
+
+def draw_times(axes: Axes, found: Mapping[str, Lines], unit: str) -> None:
+    """When runs passed the exact match that counts as learned, and how many did."""
+    times = {label: each.crossings(LEARNED) for label, each in found.items()}
+    reached = {label: [t for t in each if t is not None] for label, each in times.items()}
+    draw_strips(axes, reached, f"{unit} of exact match {LEARNED:g}", {k: f"{len(v)}/{len(times[k])}" for k, v in reached.items()})
+
+
+def draw_table(axes: Axes, values: Float[np.ndarray, "row column"], rows: Sequence[str], columns: Sequence[Any], texts: Any = None) -> None:
+    """Shares from 0 to 1 as a heat map with the numbers in it; grey where there is none."""
+    axes.set_facecolor("#DDDDDD")
+    axes.imshow(np.ma.masked_invalid(values), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            shown = f"{value:.2f}" if texts is None else texts[i][j]
+            axes.text(j, i, shown, ha="center", va="center", fontsize=5.5, color="white" if value < 0.6 else "black")
+    axes.set_xticks(range(len(columns)), [str(c) for c in columns])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
