@@ -15,7 +15,7 @@ run:
   steps: 10
 """
 BAD_FILES = {
-    "unknown task": (GOOD.replace("addition", "additon"), "task.kind", "additon", "addition, breadth_first_search"),
+    "unknown task": (GOOD.replace("addition", "additon"), "task.kind", "additon", "addition, binary_copy"),
     "unknown field": (GOOD.replace("d_model", "width"), "model.width", "16", "d_model"),
     "unknown key": (GOOD + "swep: {}\n", "swep", "{}", "sweep"),
     "wrong type": (GOOD.replace("steps: 10", "steps: ten"), "steps", "ten", "whole number"),
@@ -39,6 +39,11 @@ BAD_FILES = {
     "absurd steps": (GOOD.replace("steps: 10", "steps: 10000000000"), "steps", "10000000000", "<"),
     "absurd length": (GOOD.replace("length: 4", "length: 100000"), "length", "100000", "<= 4096"),
     "empty part": (GOOD.replace("length: 4", "length: 1"), "split", "3 contents", "empty"),
+    "a parent of another width": (
+        GOOD + "  after: {task: {kind: addition, length: 4}, model: {kind: transformer, layers: 1, d_model: 8, heads: 2}, steps: 5}\n",
+        *("after", "blocks.0.attn.W_K [2, 8, 4]", "[2, 16, 8]"),
+    ),
+    "a step that a parent does not keep": (GOOD + "  after_step: 3\n", "after_step", "3", "give its parent"),
     "unknown weights": (GOOD + "  trained: [block.*]\n", "trained", "block.*", "blocks.*.attn.W_Q"),
     "epochs of fresh data": (GOOD.replace("steps: 10", "epochs: 3"), "epochs", "3", "train_set"),
 }
@@ -117,7 +122,7 @@ def test_a_newer_store(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["show", "additon"], ["task", "additon", "addition, breadth_first_search"]),
+        (["show", "additon"], ["task", "additon", "addition, binary_copy"]),
         (["show", "addition", "length=x"], ["length", "x", "whole number"]),
         (["show", "addition", "length=1,2"], ["length", "1,2", "one value"]),
         (["show", "addition", "split.train=0.99"], ["validation", "0.05", "nothing is left"]),
