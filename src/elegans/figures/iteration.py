@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -197,15 +198,20 @@ def mixing(store: Store) -> Drawn:
 
 def transfer(store: Store) -> Drawn:
     """Learning after another task and from scratch; and how many times fewer epochs it takes to exact match 0.9."""
-    course, unit = exact_match(store), moment(store)[1]
-    figure, axes = panels(4)
+    course, (epochs, unit) = exact_match(store), moment(store)
+    known = {r["run"]: r for r in store.sql(f"select run, seed, coalesce(after_step, 0) * {epochs} as before from runs r").to_pylist()}
+    reached = {
+        label: {known[run]["seed"]: at for run, at in zip(each.runs, each.crossings(LEARNED), strict=True)}
+        for label, each in course.items()
+    }
+    figure, axes = panels(2, 1.9, 2)
     tables = [summary(exact_match=course)]
     for k, label in enumerate(label for label in course if " after " in label):
         scratch = f"{label.split(' after ')[0]} from scratch"
         draw_lines(axes[2 * k], {name: course[name] for name in (scratch, label)}, "exact match", unit)
         axes[2 * k].legend(loc="best", fontsize=5.5)
-        found = speed_ups(store, course[scratch], course[label])
-        draw_strips(axes[2 * k + 1], found, "decades of epochs saved")
+        found = speed_ups(reached[scratch], reached[label], known[course[label].runs[0]]["before"])
+        draw_strips(axes[2 * k + 1], found, "decades of epochs saved", {n: f"{len(v)}/{len(reached[label])}" for n, v in found.items()})
         axes[2 * k + 1].axvline(0, color=style.GREY, linewidth=0.8)
         means = {name: [None if v is None else 10**v for v in interval(each, CONFIDENCE)] for name, each in found.items() if each}
         axes[2 * k + 1].set_title("\n".join(f"{name}: {times(*mean)}" for name, mean in means.items()), fontsize=6)
@@ -219,15 +225,11 @@ def times(mean: float | None, low: float | None, high: float | None) -> str:
     return f"{mean:.3g} x" if low is None or high is None else f"{mean:.3g} x [{low:.3g}, {high:.3g}]"
 
 
-def speed_ups(store: Store, scratch: Lines, child: Lines) -> dict[str, list[float]]:
-    """Of every seed that passes 0.9 both ways, log10 of the epochs from scratch over those after another task: of its own epochs alone, and
-    counting those that the parent had trained."""
-    query = f"select run, seed, coalesce(after_step, 0) * {moment(store)[0]} as earlier from runs r"
-    known = {row["run"]: row for row in store.sql(query).to_pylist()}
-    reached = [{known[run]["seed"]: at for run, at in zip(each.runs, each.crossings(LEARNED), strict=True)} for each in (scratch, child)]
-    both = [(a, b) for seed, b in reached[1].items() if b is not None and (a := reached[0].get(seed)) is not None]
-    before = known[child.runs[0]]["earlier"]
-    return {f"counting {n:g} before": np.log10([a / (b + n) for a, b in both]).tolist() for n in (0, before)}
+def speed_ups(scratch: Mapping[int, float | None], child: Mapping[int, float | None], before: float) -> dict[str, list[float]]:
+    """Of every seed that gets there both ways, log10 of the epochs from scratch over those after another task: of its own alone, and
+    counting those before."""
+    both = [(a, b) for seed, b in child.items() if b is not None and (a := scratch.get(seed)) is not None]
+    return {f"counting {n:.3g} before": [math.log10(a / (b + n)) for a, b in both] for n in (0, before)}
 
 
 # ---- the law of length and width
