@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
@@ -145,7 +146,9 @@ def sharpening(store: Store) -> Drawn:
 def subtraction(store: Store) -> Drawn:
     """How well the step is read at every site, beside random labels and chance, and the exact match."""
     figure, axes = panels(2)
-    read = lines(store, "probe", "avg(accuracy)", "feature = 'step'", by="m.site")
+    found = lines(store, "probe", "avg(accuracy)", "feature = 'step'", by="m.layer || ' ' || m.site")  # embed is of layer -1
+    along = sorted(found, key=lambda name: (int(name.split()[0]), "attn_out resid_mid resid".find(name.split()[1].split(".")[0])))
+    read = {name.split()[1]: found[name] for name in along}
     level = {
         name: next(iter(lines(store, "probe", f"avg({name})", "feature = 'step'", by="''").values())) for name in ("control", "chance")
     }
@@ -284,5 +287,9 @@ where {COUNTED} group by run, d, n order by all"""
     axes[1].fill_between(along, *every, color=style.BLUE, alpha=0.2, linewidth=0)
     axes[1].plot(along, best.half(along), color=style.BLUE)
     axes[1].set(xscale="log", yscale="log", xlabel="inputs of the longest row", ylabel="width for half of the rows")
+    half = best.half(along)
+    for axis, ticks in ((axes[0].xaxis, np.unique(d)), (axes[1].xaxis, lengths), (axes[1].yaxis, np.geomspace(half[0], half[-1], 4))):
+        axis.set_ticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes[1].set_title(f"exponent {best.b:.2f} [{low:.2f}, {high:.2f}]")
     return figure, pa.Table.from_pylist([{"c": best.c, "b": best.b, "b_low": float(low), "b_high": float(high), "k": best.k}])
