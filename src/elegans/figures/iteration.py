@@ -147,7 +147,8 @@ def subtraction(store: Store) -> Drawn:
     """How well the step is read at every site, beside random labels and chance, and the exact match."""
     figure, axes = panels(2)
     found = lines(store, "probe", "avg(accuracy)", "feature = 'step'", by="m.layer || ' ' || m.site")  # embed is of layer -1
-    along = sorted(found, key=lambda name: (int(name.split()[0]), "attn_out resid_mid resid".find(name.split()[1].split(".")[0])))
+    order = ("embed", "attn_out", "resid_mid", "resid")
+    along = sorted(found, key=lambda name: (int(name.split()[0]), order.index(name.split()[1].split(".")[0])))
     read = {name.split()[1]: found[name] for name in along}
     level = {
         name: next(iter(lines(store, "probe", f"avg({name})", "feature = 'step'", by="''").values())) for name in ("control", "chance")
@@ -166,9 +167,10 @@ where {FETCH} group by all) join runs r using (run) group by all order by run, y
     sharp = lines(store, "(select run, step, layer, head, avg(peakiness) as y from circuit m where " + FETCH + " group by all)", "max(m.y)")
     top = {row["run"]: row for row in reversed(best)}.values()  # of each run the layer that looks most
     layers = sorted({row["layer"] for row in best})
-    shares = np.array([[np.mean([row["layer"] == n for row in top if row["label"] == label]) for n in layers] for label in sharp])
+    there = {(row["label"], row["layer"]) for row in best}
+    shares = [[np.mean([r["layer"] == n for r in top if r["label"] == k]) if (k, n) in there else np.nan for n in layers] for k in sharp]
     figure, axes = panels(2, 0.7 + 0.2 * len(sharp), sharey=True)
-    draw_table(axes[0], shares, list(sharp), [n + 1 for n in layers])
+    draw_table(axes[0], np.array(shares), list(sharp), [n + 1 for n in layers])
     axes[0].set_title("share of runs in which\nthis layer looks most at x_t")
     axes[0].set_xlabel("layer")
     draw_strips(axes[1], {label: each.values[:, -1].tolist() for label, each in sharp.items()}, "peakiness of the sharpest head")
