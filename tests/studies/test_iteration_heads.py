@@ -9,7 +9,7 @@ import pytest
 
 from elegans import replace
 from elegans.errors import Invalid
-from elegans.figures.iteration import fit_law
+from elegans.figures.iteration import fit_law, speed_ups
 from elegans.figures.lines import Lines, natural
 from elegans.instruments import Circuit, measure
 from elegans.instruments.crossings import interval
@@ -53,6 +53,13 @@ def test_runs_and_structures_of_parts(name) -> None:
     assert all(len({r.seed for r in study.runs if r.label == label}) >= 10 for label in {r.label for r in study.runs})
     assert all(r.after is None or r.after.seed == r.seed for r in study.runs)
     assert all(r.label for r in study.runs) and ih.PARTS[name].__doc__.count("Cost:") == ih.PARTS[name].__doc__.count("Expect") == 1
+
+
+def test_no_part_of_a_split_is_empty() -> None:
+    """The smallest languages: of the shortest rows of either scale."""
+    for at in (ih.FULL, ih.SMALL):
+        for task in (ih.polynomial(at, min(at.lengths)), ih.parity(at, min(at.lengths))):
+            assert set(task.split_table().tolist()) == {0, 1, 2} if task.contents else task.split_table() == ()
 
 
 def test_children_of_transfer_start_after_200_epochs_of_their_own_seed() -> None:
@@ -155,11 +162,18 @@ def test_the_law_is_found_again_where_it_holds() -> None:
 def test_lines_cross_a_level_where_they_pass_it_for_good_and_what_is_missing_counts_nowhere() -> None:
     x, nan = np.array([0.0, 10.0, 20.0, 40.0]), np.nan
     found = Lines(x, np.array([[0, 1, 0, 1], [0, 0, 1, 1], [0, 0.5, nan, 0.5], [1, 1, 1, 1]]), tuple("abcd"))
+    assert found.first(0.5) == [10, 20, 10, 0] and found.first(0.75) == [10, 20, None, 0]
     assert found.crossings(0.5)[3] is None and found.crossings(0.75)[2] is None
     np.testing.assert_allclose(found.crossings(0.5)[:2], (np.sqrt(20 * 40), np.sqrt(10 * 20)))  # half-way on a logarithmic axis
     mean, _, high = interval([0, 1, 1], 0.95)
     np.testing.assert_allclose((found.mean[2], found.half[2]), (mean, (high or 0) - mean))
     assert np.isnan(dataclasses.replace(found, values=found.values[:2]).half).all()
+
+
+def test_speed_ups_are_of_seeds_that_get_there_both_ways() -> None:
+    found = speed_ups({0: 600.0, 1: 800.0, 2: None, 3: 500.0}, {0: 20.0, 1: 40.0, 2: 10.0, 3: None}, 180)
+    np.testing.assert_allclose(10 ** np.array(found["counting 0 before"]), [30, 20])
+    np.testing.assert_allclose(10 ** np.array(found["counting 180 before"]), [3, 800 / 220])
 
 
 def test_labels_are_sorted_by_their_numbers() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
@@ -144,7 +146,10 @@ def sharpening(store: Store) -> Drawn:
 def subtraction(store: Store) -> Drawn:
     """How well the step is read at every site, beside random labels and chance, and the exact match."""
     figure, axes = panels(2)
-    read = lines(store, "probe", "avg(accuracy)", "feature = 'step'", by="m.site")
+    found = lines(store, "probe", "avg(accuracy)", "feature = 'step'", by="m.layer || ' ' || m.site")  # embed is of layer -1
+    order = ("embed", "attn_out", "resid_mid", "resid")
+    along = sorted(found, key=lambda name: (int(name.split()[0]), order.index(name.split()[1].split(".")[0])))
+    read = {name.split()[1]: found[name] for name in along}
     level = {
         name: next(iter(lines(store, "probe", f"avg({name})", "feature = 'step'", by="''").values())) for name in ("control", "chance")
     }
@@ -162,9 +167,10 @@ where {FETCH} group by all) join runs r using (run) group by all order by run, y
     sharp = lines(store, "(select run, step, layer, head, avg(peakiness) as y from circuit m where " + FETCH + " group by all)", "max(m.y)")
     top = {row["run"]: row for row in reversed(best)}.values()  # of each run the layer that looks most
     layers = sorted({row["layer"] for row in best})
-    shares = np.array([[np.mean([row["layer"] == n for row in top if row["label"] == label]) for n in layers] for label in sharp])
+    there = {(row["label"], row["layer"]) for row in best}
+    shares = [[np.mean([r["layer"] == n for r in top if r["label"] == k]) if (k, n) in there else np.nan for n in layers] for k in sharp]
     figure, axes = panels(2, 0.7 + 0.2 * len(sharp), sharey=True)
-    draw_table(axes[0], shares, list(sharp), [n + 1 for n in layers])
+    draw_table(axes[0], np.array(shares), list(sharp), [n + 1 for n in layers])
     axes[0].set_title("share of runs in which\nthis layer looks most at x_t")
     axes[0].set_xlabel("layer")
     draw_strips(axes[1], {label: each.values[:, -1].tolist() for label, each in sharp.items()}, "peakiness of the sharpest head")
@@ -197,15 +203,20 @@ def mixing(store: Store) -> Drawn:
 
 def transfer(store: Store) -> Drawn:
     """Learning after another task and from scratch; and how many times fewer epochs it takes to exact match 0.9."""
-    course, unit = exact_match(store), moment(store)[1]
-    figure, axes = panels(4)
+    course, (epochs, unit) = exact_match(store), moment(store)
+    known = {r["run"]: r for r in store.sql(f"select run, seed, coalesce(after_step, 0) * {epochs} as before from runs r").to_pylist()}
+    reached = {
+        label: {known[run]["seed"]: at for run, at in zip(each.runs, each.crossings(LEARNED), strict=True)}
+        for label, each in course.items()
+    }
+    figure, axes = panels(2, 1.9, 2)
     tables = [summary(exact_match=course)]
     for k, label in enumerate(label for label in course if " after " in label):
         scratch = f"{label.split(' after ')[0]} from scratch"
         draw_lines(axes[2 * k], {name: course[name] for name in (scratch, label)}, "exact match", unit)
         axes[2 * k].legend(loc="best", fontsize=5.5)
-        found = speed_ups(store, course[scratch], course[label])
-        draw_strips(axes[2 * k + 1], found, "decades of epochs saved")
+        found = speed_ups(reached[scratch], reached[label], known[course[label].runs[0]]["before"])
+        draw_strips(axes[2 * k + 1], found, "decades of epochs saved", {n: f"{len(v)}/{len(reached[label])}" for n, v in found.items()})
         axes[2 * k + 1].axvline(0, color=style.GREY, linewidth=0.8)
         means = {name: [None if v is None else 10**v for v in interval(each, CONFIDENCE)] for name, each in found.items() if each}
         axes[2 * k + 1].set_title("\n".join(f"{name}: {times(*mean)}" for name, mean in means.items()), fontsize=6)
@@ -219,15 +230,11 @@ def times(mean: float | None, low: float | None, high: float | None) -> str:
     return f"{mean:.3g} x" if low is None or high is None else f"{mean:.3g} x [{low:.3g}, {high:.3g}]"
 
 
-def speed_ups(store: Store, scratch: Lines, child: Lines) -> dict[str, list[float]]:
-    """Of every seed that passes 0.9 both ways, log10 of the epochs from scratch over those after another task: of its own epochs alone, and
-    counting those that the parent had trained."""
-    query = f"select run, seed, coalesce(after_step, 0) * {moment(store)[0]} as earlier from runs r"
-    known = {row["run"]: row for row in store.sql(query).to_pylist()}
-    reached = [{known[run]["seed"]: at for run, at in zip(each.runs, each.crossings(LEARNED), strict=True)} for each in (scratch, child)]
-    both = [(a, b) for seed, b in reached[1].items() if b is not None and (a := reached[0].get(seed)) is not None]
-    before = known[child.runs[0]]["earlier"]
-    return {f"counting {n:g} before": np.log10([a / (b + n) for a, b in both]).tolist() for n in (0, before)}
+def speed_ups(scratch: Mapping[int, float | None], child: Mapping[int, float | None], before: float) -> dict[str, list[float]]:
+    """Of every seed that gets there both ways, log10 of the epochs from scratch over those after another task: of its own alone, and
+    counting those before."""
+    both = [(a, b) for seed, b in child.items() if b is not None and (a := scratch.get(seed)) is not None]
+    return {f"counting {n:.3g} before": [math.log10(a / (b + n)) for a, b in both] for n in (0, before)}
 
 
 # ---- the law of length and width
@@ -282,5 +289,9 @@ where {COUNTED} group by run, d, n order by all"""
     axes[1].fill_between(along, *every, color=style.BLUE, alpha=0.2, linewidth=0)
     axes[1].plot(along, best.half(along), color=style.BLUE)
     axes[1].set(xscale="log", yscale="log", xlabel="inputs of the longest row", ylabel="width for half of the rows")
+    half = best.half(along)
+    for axis, ticks in ((axes[0].xaxis, np.unique(d)), (axes[1].xaxis, lengths), (axes[1].yaxis, np.geomspace(half[0], half[-1], 4))):
+        axis.set_ticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes[1].set_title(f"exponent {best.b:.2f} [{low:.2f}, {high:.2f}]")
     return figure, pa.Table.from_pylist([{"c": best.c, "b": best.b, "b_low": float(low), "b_high": float(high), "k": best.k}])

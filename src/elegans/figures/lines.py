@@ -65,6 +65,10 @@ class Lines:
         spread = np.nanstd(self.values, 0) * np.sqrt(several / (several - 1))
         return np.where(n > 2, stats.t.ppf((1 + CONFIDENCE) / 2, several - 1) * spread / np.sqrt(several), np.nan)
 
+    def first(self, level: float) -> list[float | None]:
+        """The first recorded moment at which each run is at a level or above."""
+        return [next(iter(self.x[np.nan_to_num(v, nan=-np.inf) >= level].tolist()), None) for v in self.values]
+
     def crossings(self, level: float) -> list[float | None]:
         """Where each run passes a level for good."""
         there = np.isfinite(self.values)
@@ -157,10 +161,10 @@ def draw_strips(axes: Axes, found: Mapping[str, Sequence[float]], xlabel: str, n
 
 
 def draw_times(axes: Axes, found: Mapping[str, Lines], unit: str) -> None:
-    """When runs passed the exact match that counts as learned, and how many did."""
-    times = {label: each.crossings(LEARNED) for label, each in found.items()}
+    """When runs first had the exact match that counts as learned, and how many did."""
+    times = {label: each.first(LEARNED) for label, each in found.items()}
     reached = {label: [t for t in each if t is not None] for label, each in times.items()}
-    draw_strips(axes, reached, f"{unit} of exact match {LEARNED:g}", {k: f"{len(v)}/{len(times[k])}" for k, v in reached.items()})
+    draw_strips(axes, reached, f"first {unit} of exact match {LEARNED:g}", {k: f"{len(v)}/{len(times[k])}" for k, v in reached.items()})
 
 
 def draw_table(axes: Axes, values: Float[np.ndarray, "row column"], rows: Sequence[str], columns: Sequence[Any], texts: Any = None) -> None:

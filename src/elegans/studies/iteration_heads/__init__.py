@@ -116,7 +116,7 @@ def width(at: Scale) -> Made:
     """How does accuracy fall with the length of the rows and the width of the model, and what do CoT and the second layer change?
 
     The published table, cell by cell: seven settings at lengths 5, 10, 16, 20 and 30. Cost: 35 structures x 20 runs x 20,000 to 120,000
-    steps, some 80 minutes of one H100; `seed=0..4 epochs=500` an eighth. Expect `PUBLISHED`: polynomial at d 32 always 1, at d 16
+    steps, about an hour of one H100; `seed=0..4 epochs=500` an eighth of it. Expect `PUBLISHED`: polynomial at d 32 always 1, at d 16
     down to .03 at length 30, without CoT .1, with one layer .87 to .03; parity without CoT always 1.
     """
     widths, runs = (at.widths if at.small else (32, 20, 16)), []
@@ -135,7 +135,7 @@ def transfer(at: Scale) -> Made:
 
     d 128, length 16; a child starts from its parent's weights at epoch 200, with a new optimiser. Epochs to exact match 0.9 and their ratio
     to scratch, seed by seed, with and without counting the 200. Overriding `seed` would pair children with other seeds' parents: leave it.
-    Cost: 2 structures x 40 runs x 64,000 and 32,000 steps, some 20 minutes of one H100. Expect: 0.9 after about 20 epochs against 615
+    Cost: 2 structures x 40 runs x 64,000 and 32,000 steps, about 15 minutes of one H100. Expect: 0.9 after about 20 epochs against 615
     (30 times; 2.8 times counting the first 200).
     """
     large = at if at.small else dataclasses.replace(at, length=2 * at.length, d_model=4 * at.d_model)
@@ -154,7 +154,8 @@ def transfer(at: Scale) -> Made:
 def finetune(at: Scale) -> Made:
     """Is MLP 2 all that must learn to go from polynomial iteration to parity?
 
-    Parity after polynomial with every weight and with MLP 2 alone; MLP 2 alone of an untrained network as a control.
+    Parity after polynomial with every weight and with MLP 2 alone (the token of parity keeps its initial vector); MLP 2 alone of an
+    untrained network as a control.
     Cost: 4 structures x 20 runs x 32,000 steps. Expect from the circuit: MLP 2 alone suffices after polynomial and not without.
     """
     (child,) = sketched(setting(at, "all weights", pair(at, 0.0)))
