@@ -16,7 +16,7 @@ class Invalid(ValueError):
 
     def __str__(self) -> str:
         shown = repr(self.value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        shown = shown if len(shown) <= 80 else f"{shown[:37]}...{shown[-40:]}"  # of a path, the end says most
         return " ".join(f"{self.field}: {shown} is not allowed; {self.allowed}".split())
 
     def inside(self, path: str) -> Invalid:

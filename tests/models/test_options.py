@@ -132,9 +132,9 @@ def test_a_map_of_your_own_may_depend_on_the_tokens() -> None:
 def test_one_attention_for_all_layers_is_the_same_for_each() -> None:
     """By layer or not: the same initial weights and the same program; another spec, since fields may then differ."""
     each = dataclasses.replace(SMALL, attention=(Attention(), Attention()))
-    programs = [
-        str(jax.make_jaxpr(lambda key, m=m: m.apply(m.init(key, VOCAB, POSITIONS), TOKENS))(jax.random.key(0))) for m in (SMALL, each)
-    ]
+    weights = [m.init(jax.random.key(0), VOCAB, POSITIONS) for m in (SMALL, each)]
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), *weights)))
+    programs = [str(jax.make_jaxpr(lambda params, m=m: m.apply(params, TOKENS))(weights[0])) for m in (SMALL, each)]
     assert programs[0] == programs[1]
     assert identity(each) != identity(SMALL)
 

@@ -1,8 +1,10 @@
 """Runs that go on from others: which weights they start from, in which order they train, and what a kill leaves."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from elegans import (
     load,
     replace,
     spec,
+    study,
     train,
 )
 from elegans.sources import code_of
@@ -202,7 +205,7 @@ def stop_after_a_checkpoint(store, cohort):
 
     for path in [p for p in cohort.path.iterdir() if p.suffix in (".parquet", ".safetensors") or p.name == "status.json"]:
         path.unlink()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), mock.patch.object(study, "CHECKPOINT_SHARE", math.inf):  # every checkpoint is written
         train(TRANSFERS, store.path, listener=listener)
     assert cohort.status()["step"] == 3
 
