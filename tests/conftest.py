@@ -8,9 +8,8 @@ import jaxtyping
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ELEGANS_CACHE", str(CACHE))
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0"
-)  # a third of the time to compile; `make test-all` optimises in full
+# a third of the time to compile; `make test-all` optimises in full
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 jaxtyping.install_import_hook("elegans", "typechecking.check").__enter__()
 
