@@ -24,8 +24,8 @@ from elegans.figures import (
     timeline,
 )
 from elegans.figures.catalogue import columns
-from elegans.figures.effects import mean_interval
 from elegans.figures.maps import probe_maps
+from elegans.instruments.crossings import interval
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +248,9 @@ def test_ablation_averages_draws_within_runs_and_keeps_their_spread(tables):
 
 def test_intervals_cover_the_mean_in_95_of_100_cases():
     draw = np.random.default_rng(0)
-    held = [low < 0 < high for _, low, high in (mean_interval(draw.normal(size=5)) for _ in range(2000))]
+    held = [low < 0 < high for _, low, high in (interval(draw.normal(size=5), 0.95, fewest=2) for _ in range(2000))]
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
-    assert mean_interval(np.array([1.0])) == (1.0, None, None)
+    assert interval(np.array([1.0]), 0.95, fewest=2) == (1.0, None, None)
 
 
 def test_users_text_is_no_markup():

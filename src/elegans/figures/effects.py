@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
-import scipy.stats
 
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, columns, number
 from elegans.figures.curves import MANY
+from elegans.instruments.crossings import interval
 
 MOST_ROWS = 40  # of a forest plot
 GOLDEN = 0.618033988749895  # its multiples spread evenly: a jitter without chance
@@ -194,20 +194,11 @@ def _strip(name: str, feature: str, method: str, kind: str, run: np.ndarray, val
         return None
     place = np.unique(run.astype(str), return_inverse=True)[1]
     each = np.bincount(place, values) / np.bincount(place)
-    mean, low, high = mean_interval(each)
+    mean, low, high = interval(each, 0.95, fewest=2)
     if value == "exact_match" and low is not None and high is not None:
         low, high = max(low, 0.0), min(high, 1.0)
     spread = np.mean([np.quantile(values[place == i], (0.025, 0.975)) for i in range(len(each))], axis=0)
     return Strip(name, feature, method, kind, each, values, mean, low, high, (float(spread[0]), float(spread[1])))
-
-
-def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
-    """Mean and its 95 % t interval; no bounds for a single value."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, None, None
-    half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return mean, mean - half, mean + half
 
 
 def ablation(rows: pa.Table, value: str = "exact_match", who: str = "measured") -> go.Figure:

@@ -18,7 +18,6 @@ import pyarrow.csv
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
 
 from elegans.figures import style
 from elegans.figures.effects import jitter
@@ -60,10 +59,8 @@ class Lines:
     @property
     def half(self) -> Float[np.ndarray, " moment"]:
         """Half the width of the interval; NaN for fewer than three runs."""
-        n = np.isfinite(self.values).sum(0)
-        several = np.where(n > 2, n, 2)
-        spread = np.nanstd(self.values, 0) * np.sqrt(several / (several - 1))
-        return np.where(n > 2, stats.t.ppf((1 + CONFIDENCE) / 2, several - 1) * spread / np.sqrt(several), np.nan)
+        found = [interval(each[np.isfinite(each)], CONFIDENCE) for each in self.values.T]
+        return np.array([np.nan if high is None else high - mean for mean, _, high in found])
 
     def first(self, level: float) -> list[float | None]:
         """The first recorded moment at which each run is at a level or above."""

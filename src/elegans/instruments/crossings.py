@@ -17,11 +17,13 @@ def bracket(x: Sequence[float], values: Sequence[float], level: float) -> Bracke
 
     (-inf, x[0]) where it is above from the start, (x[-1], inf) where it ends below.
     """
-    above = np.asarray(values) >= level
-    if above.all():
-        return -math.inf, float(x[0])
-    last = int(np.nonzero(~above)[0][-1])  # the last point below
-    return float(x[last]), float(x[last + 1]) if last + 1 < len(x) else math.inf
+    last = _last_below(values, level)
+    return -math.inf if last < 0 else float(x[last]), float(x[last + 1]) if last + 1 < len(x) else math.inf
+
+
+def _last_below(values: Sequence[float], level: float) -> int:
+    """The place of the last value below a level; -1 where none is."""
+    return max(np.nonzero(~(np.asarray(values) >= level))[0].tolist(), default=-1)
 
 
 def crossing(x: Sequence[float], values: Sequence[float], level: float) -> float | None:
@@ -29,10 +31,9 @@ def crossing(x: Sequence[float], values: Sequence[float], level: float) -> float
 
     None where it starts above the level, or ends below it.
     """
-    above = np.asarray(values) >= level
-    if above.all() or not above[-1]:
+    last = _last_below(values, level)
+    if last < 0 or last + 1 == len(x):
         return None
-    last = int(np.nonzero(~above)[0][-1])
     s0, s1 = (math.log(max(s, EARLIEST)) for s in (x[last], x[last + 1]))
     share = (level - values[last]) / (values[last + 1] - values[last])
     return math.exp(s0 + share * (s1 - s0))
@@ -56,10 +57,10 @@ def change_point(x: Sequence[float], values: Sequence[float]) -> Bracket | None:
     return (float(x[split]), float(x[split + 1])) if explained[split] > 0 else None
 
 
-def interval(values: Sequence[float], confidence: float) -> tuple[float, float | None, float | None]:
-    """Mean and Student t interval over independent runs; no interval for fewer than three."""
+def interval(values: Sequence[float] | np.ndarray, confidence: float, fewest: int = 3) -> tuple[float, float | None, float | None]:
+    """Mean and Student t interval over independent runs; no interval for fewer than three, or another number."""
     mean = float(np.mean(values))
-    if len(values) < 3:
+    if len(values) < fewest:
         return mean, None, None
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
     return mean, mean - half, mean + half

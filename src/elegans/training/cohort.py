@@ -160,6 +160,7 @@ class Programs:
             "evaluate": self.few.jit(_over(evaluate, 0, 0, 0), (0, 0, 0), 0),
             "chunk": spread.jit(functools.partial(_chunk, self._step), (0, 0, data, None, None), (0, 2), donate=(1,)),
         }
+        self._inherits = depth(runs[0]) > 0
         self._compiled: dict[str, Any] = {}
         self._rows: HeldOut | None = None
         self._drawn: RunData | None = None
@@ -174,10 +175,11 @@ class Programs:
         """Shapes of the arguments of everything that training and evaluating needs, the largest program first."""
         rows = jax.eval_shape(self._functions["held_out"], self.runs, self.task)
         return {
-            "chunk": (self.runs, self.states_like, self._data_like, np.int32(0), np.int32(1)),
+            "chunk": (*self._step_like, np.int32(1)),
             "evaluate": jax.tree.map(self._few_of, (self.runs, self.states_like.params, rows.validation)),
             "held_out": (self.runs, self.task),
             "start": (self.runs,),
+            **({"begin": (self.runs, self.states_like.params)} if self._inherits else {}),
             **({"data": (self.runs, self.task)} if self.runs.train_set else {}),
         }
 
@@ -192,6 +194,11 @@ class Programs:
     @functools.cached_property
     def _data_like(self) -> RunData:
         return RunData(self.task, jax.eval_shape(self._functions["data"], self.runs, self.task) if self.runs.train_set else None)
+
+    @functools.cached_property
+    def _step_like(self) -> tuple[Any, ...]:
+        """Arguments of a training step."""
+        return self.runs, self.states_like, self._data_like, np.int32(0)
 
     def start(self) -> State:
         """Untrained states, stacked."""
@@ -216,7 +223,7 @@ class Programs:
 
     def compile(self) -> Any:
         """The training program. Raises `Invalid` where custom code branches on a leaf."""
-        return self._program("chunk", self.runs, self.states_like, self._data_like, np.int32(0), np.int32(1))
+        return self._program("chunk", *self._step_like, np.int32(1))
 
     def compile_all(self) -> bool:
         """Everything that training and evaluating needs, side by side; whether the persistent cache lacked any of it."""
@@ -230,7 +237,7 @@ class Programs:
     @functools.cached_property
     def metrics(self) -> tuple[str, ...]:
         """Names of what a training step records, in the order of the program's results."""
-        return tuple(jax.eval_shape(self._step, self.runs, self.states_like, self._data_like, np.int32(0))[1])
+        return tuple(jax.eval_shape(self._step, *self._step_like)[1])
 
     def chunk(self, states: State, step: int, steps: int) -> tuple[State, dict[str, Float[np.ndarray, "step replica"]]]:
         """`steps` optimiser steps (at most CHUNK) from `step`: new states, and the metrics of every step."""
