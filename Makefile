@@ -12,7 +12,7 @@ test: .venv/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2
 
 test-all: .venv/dev .venv/bench
-	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -q -m "slow or not slow" --durations 15
+	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 -m "slow or not slow" --durations 15
 
 lint: .venv/dev
 	$(BIN)/ruff check .

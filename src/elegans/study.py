@@ -60,7 +60,7 @@ class Study:
         return dataclasses.replace(self, runs=kept)
 
     def share(self, part: int, parts: int) -> Study:
-        """One of several parts, counted from 1, that take about equally long: whole structures, so that cohorts stay as they are.
+        """One of several parts, counted from 1, that take about equally long: whole structures, unless halves of a costly one are quicker.
 
         For several devices or machines, each with a store of its own; `elegans archive` and `elegans merge` bring them together.
         Raises `Invalid`.
@@ -69,7 +69,7 @@ class Study:
             raise Invalid("share", f"{part}/{parts}", "allowed: I/N with I from 1 to N, such as 2/4")
         runs = divide(self.runs, parts)[part - 1]
         if not runs:
-            raise Invalid("share", f"{part}/{parts}", "allowed: at most as many parts as structures")
+            raise Invalid("share", f"{part}/{parts}", "allowed: fewer parts, there is no work for so many")
         return dataclasses.replace(self, runs=runs)
 
 

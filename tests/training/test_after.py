@@ -148,6 +148,17 @@ def test_a_share_of_a_study_has_every_structure_with_its_parents():
     assert {run.id for run in first} == {run.id for run in lineage([*TRANSFERS, GOES_ON])} and second == [alone]
 
 
+def test_a_costly_structure_is_divided_and_children_stay_with_their_parents():
+    large = replace(replace(PARENT, "model.d_model", 64), "steps", 90_000)  # long enough, of enough replicas, for arithmetic to cost
+    parents = grid(replace(large, "batch", 512), {"seed": range(40)})
+    runs = [*parents, *follow(parents, replace(large, "batch", 512))]
+    halves = divide(runs, 2)
+    assert [len(half) for half in halves] == [40, 40] and {run.id for half in halves for run in half} == {run.id for run in runs}
+    assert all(run.after is None or run.after in half for half in halves for run in half)
+    few = grid(replace(PARENT, "steps", 90_000), {"seed": range(4)})
+    assert divide(few, 2) == [few, []]  # half of a small cohort takes as long
+
+
 def test_names_hang_on_the_parent_only_where_there_is_one():
     assert len({r.id for r in [CHILD, *TRANSFERS, replace(TRANSFERS[0], "after_step", 3)]}) == 5
     assert not {"after", "after_step", "trained"} & to_dict(CHILD).keys()

@@ -118,14 +118,13 @@ def draw(store: str | Path, folder: str | Path) -> list[Path]:
 def within(small: bool = False) -> Study:
     """When do a task's intermediate results become readable while one network trains, and does it use them?
 
-    One setting of each task that is learned within 2e13 FLOPs, weights recorded four times a decade, probed and ablated. Cost: 9
-    structures x 4 runs (8 of addition) x 7,000 to 50,000 steps, and as many programs for probes and ablations: 8 minutes of four H100.
+    One setting of each task that is learned within 2e13 FLOPs, weights recorded ten times a decade, probed after every block and ablated.
+    Cost: 9 structures x 8 runs (16 of addition) x 7,000 to 50,000 steps, and as many programs for probes and ablations.
     """
     if small:
         return globals()["small"]
-    recorded = Record(
-        train=LogSpaced(per_decade=10), evaluate=LogSpaced(), weights=LogSpaced(per_decade=4), examples=1000, by_position=False
-    )
+    ten = LogSpaced(per_decade=10)
+    recorded = Record(train=ten, evaluate=ten, weights=ten, examples=1000, by_position=False)
     runs: list[Run] = []
     for task in (task for task in TASKS if not isinstance(task, Multiplication)):
         add = isinstance(task, Addition)
@@ -133,7 +132,7 @@ def within(small: bool = False) -> Study:
         run = next(configurations(task))
         for path, value in {**setting, "batch": 8, "record": recorded, "label": "{task} seed={seed}"}.items():
             run = replace(run, path, value)
-        runs += grid(run, {"seed": range(8 if add else 4)})
+        runs += grid(run, {"seed": range(16 if add else 8)})
     instruments = (Probe(), Ablate(at="final", draws=16), Transition())
     return Study(name="quiet_features.within", question=(within.__doc__ or "").splitlines()[0], runs=runs, instruments=instruments)
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
 from jax.extend import core as jex
 
 from elegans.errors import Invalid
@@ -27,6 +29,7 @@ from elegans.training.transfer import lineage, origin
 
 LARGEST = 1024  # replicas of a cohort; throughput saturates far below
 CHECKPOINTS = 20  # of a cohort, evenly spaced
+HALVED = 0.75  # of a cohort's time, at most: what half of its runs must take for them to be divided
 SMALLER = "lower model sizes or batch, or raise --memory"
 
 
@@ -154,35 +157,51 @@ def seconds(run: Run, segments: Sequence[Segment], rates: Rates, since: int = 0)
 
 
 def divide(runs: Sequence[Run], parts: int) -> list[list[Run]]:
-    """Runs, and all that they go on from, in parts that take about equally long on GPUs; structures stay whole, with their parents.
+    """Runs, and all that they go on from, in parts that take about equally long on GPUs.
 
-    The costliest first, each to the part that has least.
+    The costliest first, each to the part that has least. A structure stays whole, with its parents, unless it takes more than a fair
+    part and its halves are quicker: a small cohort takes as long as a large one, up to a size.
     """
     rates = rates_of("gpu")
 
-    def cost(members: list[Run]) -> float:
-        return seconds(members[0], shrink(sorted((run.length for run in members), reverse=True), members[0], rates), rates)
+    def cost(members: Sequence[Run]) -> float:
+        lengths = sorted((run.length for run in members), reverse=True)
+        return seconds(members[0], shrink(lengths, members[0], rates), rates)
 
-    joined = [(sum(map(cost, groups)), [run for members in groups for run in members]) for groups in families(group(lineage(runs)))]
-    costs = [(spent, i, members) for i, (spent, members) in enumerate(joined)]
+    def joint(family: Sequence[Run]) -> float:
+        return sum(map(cost, group(family)))
+
+    whole = families(lineage(runs), structure=True)
+    fair = sum(map(joint, whole)) / parts
+
+    def pieces(family: list[Run]) -> list[list[Run]]:
+        lines = families(family)
+        halves = [[run for line in half for run in line] for half in (lines[::2], lines[1::2])]
+        if joint(family) <= fair or len(lines) == 1 or max(map(joint, halves)) > HALVED * joint(family):
+            return [family]
+        return [piece for half in halves for piece in pieces(half)]
+
     made: list[list[Run]] = [[] for _ in range(parts)]
     taken = [0.0] * parts
-    for each, _, members in sorted(costs, key=lambda found: (-found[0], found[1])):
+    for piece in sorted((piece for family in whole for piece in pieces(family)), key=joint, reverse=True):
         least = taken.index(min(taken))
-        made[least] += members
-        taken[least] += each
+        made[least] += piece
+        taken[least] += joint(piece)
     return made
 
 
-def families(groups: Sequence[list[Run]]) -> list[list[list[Run]]]:
-    """Groups of runs, those together of which some go on from others."""
-    home = {run.id: i for i, members in enumerate(groups) for run in members}
-    family = list(range(len(groups)))
-    for i, members in enumerate(groups):
-        for parent in {home[run.after.id] for run in members if run.after is not None}:
-            old, new = family[i], family[parent]
-            family = [new if f == old else f for f in family]
-    return [[members for members, f in zip(groups, family, strict=True) if f == each] for each in dict.fromkeys(family)]
+def families(runs: Sequence[Run], structure: bool = False) -> list[list[Run]]:
+    """Runs, those together of which one goes on from another, and also, if asked, those of one structure."""
+    home = {run.id: i for i, run in enumerate(runs)}
+    tied = [(run.id, run.after.id) for run in runs if run.after is not None]
+    tied += [(run.id, members[0].id) for members in group(runs) for run in members] if structure else []
+    ends = np.array([[home[a], home[b]] for a, b in tied]).reshape(-1, 2)
+    graph = scipy.sparse.coo_array((np.ones(len(ends)), ends.T), (len(runs), len(runs)))
+    _, family = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    found: dict[int, list[Run]] = {}
+    for run, which in zip(runs, family, strict=True):
+        found.setdefault(which, []).append(run)
+    return list(found.values())
 
 
 # ---- checks before anything is compiled or written
