@@ -22,6 +22,7 @@ Names derive from content, never from time. There is no pickle and no code that 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -33,6 +34,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from elegans import specs
@@ -63,6 +65,7 @@ class Store:
         found = json.loads((self.path / "format.json").read_text())["format"]
         if found > FORMAT:
             raise StoreError(f"{self.path}: written by a newer elegans (format {found}, this one reads up to {FORMAT}); upgrade elegans")
+        self._shown: dict[str, str | None] | None = None  # labels of the runs that are shown; none: of all, as they were stored
 
     @classmethod
     def check(cls, path: str | Path) -> None:
@@ -86,6 +89,15 @@ class Store:
             write_json(path / "format.json", {"format": FORMAT})
         return cls(path)
 
+    def only(self, runs: Iterable[Run]) -> Store:
+        """The same store, showing of all tables the rows of these runs, under the labels that they have here.
+
+        For a study that shares a store with others. Its cohorts are those that hold some of the runs.
+        """
+        shown = copy.copy(self)
+        shown._shown = {run.id: label_of(run) for run in runs}
+        return shown
+
     def lock(self) -> Any:
         """A context in which this process alone writes."""
         return locked(self.path)
@@ -95,7 +107,8 @@ class Store:
     def cohorts(self) -> list[Cohort]:
         """Every cohort whose plan was written, by id."""
         folders = sorted((self.path / "cohorts").iterdir()) if (self.path / "cohorts").exists() else []
-        return [Cohort(f) for f in folders if (f / "plan.json").exists()]
+        found = [Cohort(f) for f in folders if (f / "plan.json").exists()]
+        return found if self._shown is None else [c for c in found if any(line["run"] in self._shown for line in c.lines())]
 
     def add(self, plan: CohortPlan, provenance: dict[str, Any]) -> Cohort:
         """The folder of a planned cohort, made if there is none. The plan is written last: it marks the folder as whole."""
@@ -153,6 +166,16 @@ class Store:
 
     def table(self, name: str) -> pa.Table:
         """The rows of `runs`, `metrics`, `positions`, `timings`, or of an instrument by its name."""
+        rows = self._table(name)
+        if self._shown is None or "run" not in rows.column_names:
+            return rows
+        rows = rows.filter(pc.is_in(rows["run"], pa.array(list(self._shown), pa.string())))
+        if name != "runs":
+            return rows
+        labels = pa.array([self._shown[run] for run in rows["run"].to_pylist()], pa.string())
+        return rows.set_column(rows.column_names.index("label"), "label", labels)
+
+    def _table(self, name: str) -> pa.Table:
         if name == "runs":
             return self.runs()
         if name == "timings":
@@ -192,10 +215,15 @@ class Store:
             connection.close()
 
 
+def label_of(run: Run) -> str | None:
+    """A run's label, its fields filled in."""
+    return specs.fill(run.label, run) if run.label else None
+
+
 def _line(slot: int, run: Run) -> dict[str, Any]:
     facts = {"length": run.length, "parameters": parameters(run), "flops_per_step": flops_per_step(run)}
-    label = specs.fill(run.label, run) if run.label else None
-    return {"run": run.id, "slot": slot, "label": label, "steps": run.length, **facts, "code": code_of(run), "spec": specs.to_dict(run)}
+    head = {"run": run.id, "slot": slot, "label": label_of(run), "steps": run.length}
+    return {**head, **facts, "code": code_of(run), "spec": specs.to_dict(run)}
 
 
 def _column(values: list[Any]) -> pa.Array:

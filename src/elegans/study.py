@@ -21,7 +21,7 @@ from jaxtyping import Float
 from elegans import report, specs
 from elegans.errors import Invalid, StoreError
 from elegans.files import write_json
-from elegans.instruments.base import Instrument, measure, silent
+from elegans.instruments.base import Instrument, ReplicaInstrument, measure, silent
 from elegans.sources import code_of, compare
 from elegans.store import Cohort, Store
 from elegans.training.ahead import Ahead
@@ -89,8 +89,9 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
     noted = store.path / "study.json"
     before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}  # an answer written by hand stays
     write_json(noted, before | {"name": study.name, "question": study.question})
+    mine = store.only(study.runs)  # what else is in the store may be nothing that these instruments can measure
     for instrument in study.instruments:
-        measure(instrument, store, listener=listener)
+        measure(instrument, mine if isinstance(instrument, ReplicaInstrument) else store, listener=listener)
     listener("report", store.path)
     return report.write(store)
 

@@ -88,12 +88,16 @@ def test_the_published_table_is_that_of_the_parts_cells() -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Four seeds with and four without chain of thought, 320 steps of up to 4 inputs modulo 5; 51 of the 340 contents are tested on."""
+    """Four seeds with and four without chain of thought, 320 steps of up to 4 inputs modulo 5; 51 of the 340 contents are tested on.
+
+    Both are in one store, each seen without the other.
+    """
     at = dataclasses.replace(ih.SMALL, length=4, epochs=5, every=5, lr=5e-3)
     folder, stores = tmp_path_factory.mktemp("tiny"), {}
     for label, cot in (("CoT", True), ("no CoT", False)):
         task = dataclasses.replace(ih.polynomial(at, cot=cot), split=Split(train=0.7, validation=0.15))
-        stores[label] = train(ih.seeded(at, replace(ih.setting(at, label, task), "record.weights", At())), folder / label)
+        runs = ih.seeded(at, replace(ih.setting(at, label, task), "record.weights", At()))
+        stores[label] = train(runs, folder / "store").only(runs)
     return stores
 
 
@@ -108,6 +112,18 @@ def test_chain_of_thought_learns_what_is_not_learned_without_it(tiny) -> None:
     assert np.mean(with_it) > np.mean(without) + 0.3
 
 
+def test_runs_that_share_a_store_are_seen_alone_and_under_new_names(tiny) -> None:
+    store = tiny["CoT"]
+    assert [len(each.cohorts()) for each in (Store(store.path), store)] == [2, 1]
+    assert [each.runs().num_rows for each in (Store(store.path), store)] == [8, 4]
+    specs = sorted(store.cohorts()[0].specs(), key=lambda run: run.seed)
+    runs = [dataclasses.replace(run, label="seed {seed}") for run in specs[1:3]]
+    few = store.only(runs)
+    assert few.sql("select run, label from runs order by label").to_pylist() == [{"run": r.id, "label": f"seed {r.seed}"} for r in runs]
+    assert {row["run"] for row in few.sql("select distinct run from metrics").to_pylist()} == {run.id for run in runs}
+    assert not store.only([]).cohorts() and store.only([]).sql("select * from metrics").num_rows == 0
+
+
 def test_an_iteration_head_emerges_with_it(tiny) -> None:
     """Layer 2 looks at x_t: nowhere untrained, in the mean over seeds for a quarter of all states at least after training."""
     measure(Circuit(patterns=("iteration_2",), examples=128, by_length=False), tiny["CoT"])
@@ -119,7 +135,7 @@ def test_an_iteration_head_emerges_with_it(tiny) -> None:
 def test_a_figure_draws_the_rows(tiny, tmp_path) -> None:
     files = ih.draw(tiny["CoT"].path, tmp_path, "iteration_heads.positions")
     assert [f.name for f in files] == ["positions.png", "positions.pdf", "positions.csv"] and all(f.stat().st_size for f in files)
-    (row,) = [r for r in pyarrow.csv.read_csv(files[-1]).to_pylist() if r["quantity"] == "test_exact_match"]
+    row, _ = [r for r in pyarrow.csv.read_csv(files[-1]).to_pylist() if r["quantity"] == "test_exact_match"]
     mean, low, high = interval(final(tiny["CoT"]), 0.95)
     assert (row["label"], row["x"], row["runs"]) == ("CoT", 5, 4)
     np.testing.assert_allclose((row["mean"], row["low"], row["high"]), (mean, low, high), rtol=1e-5)

@@ -30,3 +30,11 @@ def test_seeds_end_where_budgets_are_large() -> None:
     cheap = next(quiet_features.configurations(Addition()))
     assert [run.seed for run in quiet_features.seeds(cheap)] == [0, 1, 2]
     assert len(quiet_features.seeds(replace(cheap, "flops", 1e14))) == 1
+
+
+def test_across_compute_every_budget_has_every_seed_at_both_rates() -> None:
+    study = quiet_features.PARTS["across_addition"]()
+    assert len(study.runs) == 13 * 2 * 12 and {run.model.d_model for run in study.runs} == {64}
+    assert {run.flops for run in study.runs} >= {1e9, 1e10, 1e11, 1e12} and max(run.flops for run in study.runs) == 1e12
+    more = quiet_features.PARTS["across"]()
+    assert len(more.runs) == 312 + 4 * 17 * 2 * 12 and {run.id for run in study.runs} < {run.id for run in more.runs}

@@ -88,6 +88,18 @@ def arms(store: Store) -> Drawn:
     return figure, summary(test_exact_match=final, exact_match=course)
 
 
+def generalisation(store: Store) -> Drawn:
+    """Exact match of rows as long as those trained on, at the end of training, and of longer ones, with their share of right tokens."""
+    short = lines(store, "metrics", "avg(exact_match)", "split = 'train' and m.step >= 0.9 * r.length")
+    exact, tokens = (lines(store, "metrics", f"max({value})", "split = 'test'") for value in ("exact_match", "accuracy"))
+    columns = {"exact match, rows in training": short, "exact match, longer rows": exact, "right tokens, longer rows": tokens}
+    figure, axes = panels(3, 0.7 + 0.17 * len(exact), sharey=True)
+    for each, (title, found) in zip(axes, columns.items(), strict=True):
+        draw_strips(each, {label: np.nanmean(line.values, 1).tolist() for label, line in found.items()}, title)
+        each.set_xlim(-0.03, 1.03)
+    return figure, summary(training_exact_match=short, longer_exact_match=exact, longer_accuracy=tokens)
+
+
 def table(published: Mapping[str, Mapping[int, float]]) -> Draw:
     """Settings x lengths, measured at the end of the runs, beside the published ones."""
 

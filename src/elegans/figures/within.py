@@ -52,8 +52,8 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """Used where every control that was drawn several times leaves surely more."""
-        found = {a.verdict for a in self.against if a.control != "labels"}
+        """Used where every control leaves surely more."""
+        found = {a.verdict for a in self.against}
         return next((v for v in (UNDECIDED, UNUSED, USED) if v in found), "not compared")
 
 

@@ -18,7 +18,7 @@ VERDICTS = {
     "no lead": "no lead",
     "undecided": "undecided: the interval leaves the order open",
 }
-KINDS = {"random": "random directions", "matched": "random steps of equal length"}
+KINDS = {"random": "random directions", "matched": "random steps of equal length", "labels": "directions fitted to shuffled labels"}
 QUIETNESS = ("quiet", "loud", "undecided")
 MANY_GROUPS = {
     "leads": "{} comes before the loss",
@@ -147,7 +147,8 @@ def _ablation_sentence(effect: Effect, task: bool, method: bool) -> str:
 
 def _against(control: Against, runs: int) -> str:
     bounds = "(no interval)" if control.low is None else f"[{_signed(control.low)}, {_signed(control.high or 0.0)}]"
-    often = f"in {control.beyond} of {plural(runs, 'run')} more than every draw" if runs > 1 else ""
+    once = control.control == "labels"  # a run has one such direction for each of the feature's
+    often = "" if once or runs == 1 else f"in {control.beyond} of {plural(runs, 'run')} more than every draw"
     return f"{_signed(control.mean)} {bounds} more than {KINDS[control.control]} take" + (f" ({often})" if often else "")
 
 

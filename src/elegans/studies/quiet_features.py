@@ -4,6 +4,7 @@
     elegans run quiet_features task=addition --max-budget 1e12
     elegans run quiet_features --share 1/4 --minutes 9    # one of four GPUs; then `elegans archive` and `elegans merge`
     elegans run quiet_features.within                     # one setting of each task, probed and ablated as it trains
+    elegans run quiet_features.across                     # one architecture at ever larger budgets, probed at their ends
     elegans run quiet_features --small                    # two CPU cores, about five minutes
 
 Ten algorithmic languages, each trained at 7 widths, 2 depths, 4 learning rates and 2 batch sizes for budgets of 1e9,
@@ -12,8 +13,7 @@ fresh data, AdamW with warm-up and cosine. Every configuration is a run of its o
 seeds of one architecture train in one cohort, so that the grid is 280 programs. Three seeds up to 1e13 FLOPs, one beyond.
 `scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss.
 
-Across compute: `elegans measure probe STORE at=final`, then `elegans measure across_compute STORE`. Within runs: a study whose runs
-record weights, as `small`, with `Probe()` and `Transition()`.
+Of a store of the grid, too: `elegans measure probe STORE at=final`, then `elegans measure across_compute STORE`.
 `draw(store, folder)` draws the paper's figures from the store's rows: scaling, quiet and loud features, ablations.
 
 Cost: stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine.
@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from elegans.figures import save_quiet_figures
-from elegans.instruments import Ablate, Probe, Scaling, Transition
+from elegans.instruments import Ablate, AcrossCompute, Probe, Scaling, Transition
 from elegans.models import Transformer
 from elegans.specs import grid, replace
 from elegans.store import Store
@@ -137,7 +137,47 @@ def within(small: bool = False) -> Study:
     return Study(name="quiet_features.within", question=(within.__doc__ or "").splitlines()[0], runs=runs, instruments=instruments)
 
 
-PARTS = {"within": within}
+def across(small: bool = False) -> Study:
+    """Does one architecture know a task's intermediate results after budgets at which its loss has not moved?
+
+    Four layers of width 64, batches of 8, trained anew for every quarter of a decade from 1e9 FLOPs to 1e12 (addition) or 1e13 (the other
+    tasks with published verdicts, but multiplication), at two learning rates, the better of which counts; 12 seeds; finished networks
+    probed. Cost: 5 structures x 300 to 400 runs, 1.2e15 FLOPs in all; addition alone (`elegans run quiet_features.across_addition`)
+    takes two CPU cores half an hour. Expect, from the paper: carry, first_operand, queue and previous_negative before the loss; adjacency,
+    max_ending_here and start_time with it.
+    """
+    if small:
+        return globals()["small"]
+    tasks = [task for task in TASKS if task.kind in {kind for kind, _ in QUIET + LOUD} and not isinstance(task, Multiplication)]
+    return _across("across", [run for task in tasks for run in _budgets(task)])
+
+
+def across_addition(small: bool = False) -> Study:
+    """Does one architecture know the carry and the first operand after budgets at which its loss has not moved?
+
+    The runs of `across` on addition: 312 of 2 to 1,909 steps.
+    """
+    if small:
+        return globals()["small"]
+    return _across("across_addition", list(_budgets(TASKS[0])))
+
+
+def _across(name: str, runs: list[Run]) -> Study:
+    question = (PARTS[name].__doc__ or "").splitlines()[0]
+    return Study(name=f"quiet_features.{name}", question=question, runs=runs, instruments=(Probe(at="final"), AcrossCompute()))
+
+
+def _budgets(task: Task) -> Iterator[Run]:
+    """One architecture on a task, at every quarter of a decade."""
+    run = next(configurations(task))
+    for path, value in {"model.d_model": 64, "batch": 8, "label": "{task} lr={optim.lr} C={flops} seed={seed}"}.items():
+        run = replace(run, path, value)
+    decades = 3 if isinstance(task, Addition) else 4
+    budgets = [float(f"{10 ** (9 + n / 4):.2g}") for n in range(4 * decades + 1)]
+    yield from grid(run, {"flops": budgets, "optim.lr": (1e-2, 1e-3), "seed": range(12)})
+
+
+PARTS = {"within": within, "across": across, "across_addition": across_addition}
 
 
 def __getattr__(name: str) -> Study:

@@ -40,6 +40,7 @@ from elegans.studies.iteration_heads.settings import (
     pair,
     parity,
     polynomial,
+    quick,
     seeded,
     setting,
     sketched,
@@ -88,11 +89,16 @@ def __getattr__(name: str) -> Study:
 
 
 def draw(store: str | Path, folder: str | Path, name: str | None = None) -> list[Path]:
-    """A part's figure from its store, as PNG and PDF, and its numbers as CSV; return the files. `name`: none, as the store says."""
+    """A part's figure from a store, as PNG and PDF, and its numbers as CSV; return the files. `name`: none, as the store says.
+
+    Of a store that several parts share only the part's own runs are drawn; where it has none of them, as after overrides, all are.
+    """
     opened = Store(store)
     said = json.loads((opened.path / "study.json").read_text(encoding="utf-8"))["name"] if name is None else name
     found = said.removesuffix("_small").removeprefix("iteration_heads").removeprefix(".") or "emergence"
-    return save_drawn(FIGURES[found], opened, Path(folder) / found)
+    own = PARTS[found](said.endswith("_small")).runs
+    there = {line["run"] for line in opened.lines()}
+    return save_drawn(FIGURES[found], opened.only(own) if any(run.id in there for run in own) else opened, Path(folder) / found)
 
 
 # ---- what must be decided
@@ -115,9 +121,9 @@ def emergence(at: Scale) -> Made:
 def width(at: Scale) -> Made:
     """How does accuracy fall with the length of the rows and the width of the model, and what do CoT and the second layer change?
 
-    The published table, cell by cell: seven settings at lengths 5, 10, 16, 20 and 30. Cost: 35 structures x 20 runs x 20,000 to 120,000
-    steps, about an hour of one H100; `seed=0..4 epochs=500` an eighth of it. Expect `PUBLISHED`: polynomial at d 32 always 1, at d 16
-    down to .03 at length 30, without CoT .1, with one layer .87 to .03; parity without CoT always 1.
+    The published table, cell by cell: seven settings at lengths 5, 10, 16, 20 and 30, in bf16. Cost: 35 structures x 20 runs x 20,000 to
+    120,000 steps, about an hour of one H100; `seed=0..4 epochs=500` an eighth of it. Expect `PUBLISHED`: polynomial at d 32 always 1, at
+    d 16 down to .03 at length 30, without CoT .1, with one layer .87 to .03; parity without CoT always 1.
     """
     widths, runs = (at.widths if at.small else (32, 20, 16)), []
     for n in at.lengths:
@@ -126,25 +132,25 @@ def width(at: Scale) -> Made:
         runs.append(setting(at, "polynomial, 1 layer", polynomial(at, n), model(62, 1)))
         runs.append(setting(at, f"parity, d {at.d_model}", parity(at, n)))
         runs.append(setting(at, "parity, no CoT", parity(at, n, False), model(12)))
-    return seeded(at, *sketched(*runs)), (Evaluate(own=True, examples=at.examples, at="final"),)
+    return seeded(at, *sketched(*(quick(at, run) for run in runs))), (Evaluate(own=True, examples=at.examples, at="final"),)
 
 
 @part(iteration.transfer)
 def transfer(at: Scale) -> Made:
     """How much sooner is parity learned after 200 epochs of polynomial iteration than from scratch, and polynomial after parity?
 
-    d 128, length 16; a child starts from its parent's weights at epoch 200, with a new optimiser. Epochs to exact match 0.9 and their ratio
-    to scratch, seed by seed, with and without counting the 200. Overriding `seed` would pair children with other seeds' parents: leave it.
-    Cost: 2 structures x 40 runs x 64,000 and 32,000 steps, about 15 minutes of one H100. Expect: 0.9 after about 20 epochs against 615
-    (30 times; 2.8 times counting the first 200).
+    d 128, length 16, bf16; a child starts from its parent's weights at epoch 200, with a new optimiser. Epochs to exact match 0.9 and
+    their ratio to scratch, seed by seed, with and without counting the 200. Overriding `seed` would pair children with other seeds'
+    parents: leave it. Cost: 2 structures x 40 runs x 64,000 and 32,000 steps, half an hour of one H100 or less. Expect: 0.9 after about
+    20 epochs against 615 (30 times; 2.8 times counting the first 200).
     """
     large = at if at.small else dataclasses.replace(at, length=2 * at.length, d_model=4 * at.d_model)
     tasks = {"polynomial": pair(large, 1.0), "parity": pair(large, 0.0)}
     step = round((0.5 if at.small else 0.2) * setting(large, "", tasks["parity"]).length)
     runs = []
     for first, second in (("polynomial", "parity"), ("parity", "polynomial")):
-        parent = replace(setting(large, f"{first} from scratch", tasks[first]), "record.weights", At((step,)))
-        child = setting(large, f"{second} after {first}", tasks[second], epochs=0.5, every=0.2)
+        parent = replace(quick(at, setting(large, f"{first} from scratch", tasks[first])), "record.weights", At((step,)))
+        child = quick(at, setting(large, f"{second} after {first}", tasks[second], epochs=0.5, every=0.2))
         parents = seeded(at, parent)
         runs += parents + [dataclasses.replace(run, after_step=step) for run in follow(parents, *sketched(child))]
     return runs, ()
@@ -187,7 +193,7 @@ def law(at: Scale) -> Made:
     `width` has not. Expect nothing published; the table of `width` puts half-way near d 16 at length 8 and d 20 at length 20, b about 0.3.
     """
     lengths = [n for n in at.lengths if n <= 20]
-    runs = [setting(at, f"d {d}, length {n}", polynomial(at, n), model(d)) for d, n in itertools.product(at.widths, lengths)]
+    runs = [quick(at, setting(at, f"d {d}, length {n}", polynomial(at, n), model(d))) for d, n in itertools.product(at.widths, lengths)]
     return seeded(at, *sketched(*runs), share=0.5), (Evaluate(own=True, examples=at.examples, at="final"),)
 
 
@@ -284,7 +290,7 @@ def optimiser(at: Scale) -> Made:
     return seeded(at, *made, share=0.5), ()
 
 
-@part(iteration.arms)
+@part(iteration.generalisation)
 def generalisation(at: Scale) -> Made:
     """Trained on rows of 1 to 8 inputs, which position encodings iterate 9 to 16?
 

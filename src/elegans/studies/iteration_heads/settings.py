@@ -75,6 +75,11 @@ def setting(at: Scale, label: str, task: Task | None = None, of: Transformer | N
     return Run(task=task, model=of or model(at.d_model), optim=optim, batch=at.batch, record=record, label=label, **length)
 
 
+def quick(at: Scale, run: Run) -> Run:
+    """The run in bf16, twice as quick on a GPU, for the parts that cost most; as it is where everything is small."""
+    return run if at.small else replace(run, "model.dtype", "bfloat16")
+
+
 def sketched(*runs: Run) -> list[Run]:
     """The runs, keeping no weights but the final ones."""
     return [replace(run, "record.weights", None) for run in runs]
