@@ -48,8 +48,11 @@ class Study:
     question: str = ""
 
     def override(self, axes: Mapping[str, Sequence[Any]]) -> Study:
-        """The study with fields of every run replaced; several values of a field sweep it. Equal runs become one."""
-        made = [new for run in self.runs for new in specs.grid(run, axes)]
+        """The study with fields of every run, and of all that it goes on from, replaced; several values of a field sweep it.
+
+        Equal runs become one. What a run alone decides (`after`, `after_step`, `trained`, `label`) is not handed to its parents.
+        """
+        made = [new for run in self.runs for new in specs.grid(run, {_lineal(path, run): values for path, values in axes.items()})]
         return dataclasses.replace(self, runs=unique(made))
 
     def within(self, flops: float | None) -> Study:
@@ -71,6 +74,12 @@ class Study:
         if not runs:
             raise Invalid("share", f"{part}/{parts}", "allowed: fewer parts, there is no work for so many")
         return dataclasses.replace(self, runs=runs)
+
+
+def _lineal(path: str, run: Run) -> str:
+    """The axis that replaces a field of a run and of its ancestors together."""
+    own = path.split(".")[0].split("+")[0] in ("after", "after_step", "trained", "label")
+    return path if own else "+".join("after." * i + path for i in range(depth(run) + 1))
 
 
 def unique(runs: Sequence[Run]) -> list[Run]:

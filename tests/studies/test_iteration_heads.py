@@ -8,8 +8,8 @@ import pyarrow.csv
 import pytest
 
 from elegans import replace
-from elegans.errors import Invalid
-from elegans.figures.iteration import fit_law, speed_ups
+from elegans.errors import Invalid, StoreError
+from elegans.figures.iteration import fit_law, half_ways, speed_ups
 from elegans.figures.lines import Lines, natural
 from elegans.instruments import Circuit, measure
 from elegans.instruments.crossings import interval
@@ -26,7 +26,7 @@ from elegans.training.transfer import lineage
 STRUCTURES = {  # and runs, parents included: counted from the page and the docstrings
     "emergence": (3, 60), "width": (35, 700), "transfer": (2, 80), "finetune": (4, 80), "patching": (1, 20), "law": (20, 200),
     "freezing": (11, 110), "forgetting": (3, 80), "sharpening": (1, 40), "subtraction": (1, 20), "excess": (9, 90),
-    "positions": (12, 120), "optimiser": (4, 320), "generalisation": (5, 100), "curricula": (4, 240), "joint": (2, 120), "mixing": (1, 120),
+    "positions": (12, 120), "optimiser": (4, 320), "generalisation": (5, 120), "curricula": (4, 240), "joint": (2, 120), "mixing": (1, 120),
 }  # fmt: skip
 
 
@@ -180,10 +180,23 @@ def test_lines_cross_a_level_where_they_pass_it_for_good_and_what_is_missing_cou
     found = Lines(x, np.array([[0, 1, 0, 1], [0, 0, 1, 1], [0, 0.5, nan, 0.5], [1, 1, 1, 1]]), tuple("abcd"))
     assert found.first(0.5) == [10, 20, 10, 0] and found.first(0.75) == [10, 20, None, 0]
     assert found.crossings(0.5)[3] is None and found.crossings(0.75)[2] is None
+    assert found.brackets(0.75) == [(20, 40), (10, 20), (40, math.inf), (-math.inf, 0)]
     np.testing.assert_allclose(found.crossings(0.5)[:2], (np.sqrt(20 * 40), np.sqrt(10 * 20)))  # half-way on a logarithmic axis
     mean, _, high = interval([0, 1, 1], 0.95)
     np.testing.assert_allclose((found.mean[2], found.half[2]), (mean, (high or 0) - mean))
     assert np.isnan(dataclasses.replace(found, values=found.values[:2]).half).all()
+
+
+def test_half_ways_are_of_runs_in_which_both_get_there() -> None:
+    x = np.array([0.0, 10.0, 20.0])
+    exact = {"CoT": Lines(x, np.array([[0, 0, 1], [0, 0, 1], [0, 0, 0]]), tuple("abc")), "no CoT": Lines(x, np.zeros((1, 3)), ("d",))}
+    peaked = {"CoT": Lines(x, np.array([[0, 1, 1], [0, 0, 0], [0, 1, 1]]), tuple("abc"))}
+    assert half_ways(exact, peaked) == {"CoT": [((10, 20), (0, 10))]}
+
+
+def test_a_store_in_which_no_study_ended_asks_for_a_part(tiny, tmp_path) -> None:
+    with pytest.raises(StoreError, match="say which part"):
+        ih.draw(tiny["CoT"].path, tmp_path)
 
 
 def test_speed_ups_are_of_seeds_that_get_there_both_ways() -> None:

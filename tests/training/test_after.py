@@ -34,7 +34,7 @@ from elegans import (
 )
 from elegans.sources import code_of
 from elegans.specs import from_dict, to_dict
-from elegans.study import prepare
+from elegans.study import Study, prepare
 from elegans.tasks.sampling import prepare as prepare_task
 from elegans.training.cohort import group, resolve
 from elegans.training.cost import parameters
@@ -171,6 +171,15 @@ def test_seeds_of_parent_and_child_are_swept_together_or_apart():
     assert [(r.seed, r.after.seed) for r in grid(child, {"seed+after.seed": [0, 1]})] == [(0, 0), (1, 1)]
     assert [(r.seed, r.after.seed) for r in grid(child, {"seed": [0, 1]})] == [(0, 0), (1, 0)]
     assert grid(child, {"seed+after.seed": [0, 1]}) == TRANSFERS[:2]
+
+
+def test_overrides_of_a_study_reach_the_parents() -> None:
+    """Children keep the parents of their own seed, and no run of the old length is left to stand beside the new ones."""
+    study = Study([*PARENTS[:2], *TRANSFERS[:2]]).override({"seed": [0, 1], "steps": [3]})
+    assert len(study.runs) == len(lineage(study.runs)) == 4 and {run.length for run in study.runs} == {3}
+    assert [(run.seed, run.after.seed) for run in study.runs if run.after] == [(0, 0), (1, 1)]
+    later = Study(TRANSFERS[:1]).override({"after_step": [3]}).runs[0]
+    assert (later.after_step, later.after) == (3, PARENTS[0])
 
 
 def test_an_edited_component_of_the_parent_is_noticed():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -33,9 +33,10 @@ from elegans.figures.lines import (
     panels,
     summary,
 )
-from elegans.instruments.crossings import interval
+from elegans.instruments.crossings import Bracket, interval, spanning
 from elegans.store import Store
 
+PEAKED, NO_LAYER = 0.5, -1  # share of queries whose attention is mostly on x_t, above which a head fetches it
 LEAST = 4  # inputs of the shortest row that counts, as in the authors' figures
 COUNTED = f'm.length >= least({LEAST}, "task.length")'
 FETCH = f"m.pattern = 'iteration_2' and m.length >= {LEAST}"
@@ -52,28 +53,30 @@ def emergence(store: Store) -> Drawn:
     draw_lines(axes[1], peaked, "peakiness of the last layer", unit, of=of)
     axes[0].legend(loc="best", fontsize=5.5)
     for label, found in pairs.items():
-        axes[2].plot([a for a, _ in found], [b for _, b in found], ".", color=of[label])
+        middles = np.array(found).reshape(-1, 2, 2).mean(-1)
+        axes[2].plot(middles[:, 0], middles[:, 1], ".", color=of[label], alpha=0.6)
     known = [pair for found in pairs.values() for pair in found]
     if known:
-        axes[2].axline((min(map(min, known)),) * 2, slope=1, color=style.GREY, linewidth=0.8)
-        later = _interval([a - b for a, b in known])
-        axes[2].set_title(f"after the head by\n{later} {unit}s", fontsize=6.5)
+        axes[2].axline((min(a for pair in known for a, _ in pair),) * 2, slope=1, color=style.GREY, linewidth=0.8)
+        later = _interval(spanning([(a - d, b - c) for (a, b), (c, d) in known], CONFIDENCE))
+        both = ", ".join(f"{label} {len(found)} of {len(exact[label].runs)}" for label, found in pairs.items())
+        axes[2].set_title(f"after the head by\n{later} {unit}s\n({both})", fontsize=5.5)
     axes[2].set(xlabel=f"exact match 0.5 ({unit})", ylabel=f"peakiness 0.5 ({unit})")
     return figure, summary(exact_match=exact, peakiness=peaked)
 
 
-def half_ways(exact: Mapping[str, Lines], peaked: Mapping[str, Lines]) -> dict[str, list[tuple[float, float]]]:
-    """Of every run that gets there, where its exact match and its peakiness pass 0.5 for good."""
-    made: dict[str, list[tuple[float, float]]] = {}
+def half_ways(exact: Mapping[str, Lines], peaked: Mapping[str, Lines]) -> dict[str, list[tuple[Bracket, Bracket]]]:
+    """Of every run in which both pass 0.5 for good, the recorded moments between which its exact match and its peakiness do."""
+    made: dict[str, list[tuple[Bracket, Bracket]]] = {}
     for label in (label for label in exact if label in peaked):
-        accuracy, head = (dict(zip(each.runs, each.crossings(0.5), strict=True)) for each in (exact[label], peaked[label]))
-        both = [(accuracy[run], head.get(run)) for run in accuracy]
-        made[label] = [(a, b) for a, b in both if a is not None and b is not None]
+        accuracy, head = (dict(zip(each.runs, each.brackets(0.5), strict=True)) for each in (exact[label], peaked[label]))
+        both = [(accuracy[run], head[run]) for run in accuracy if run in head]
+        made[label] = [pair for pair in both if all(math.isfinite(end) for ends in pair for end in ends)]
     return made
 
 
-def _interval(values: Sequence[float]) -> str:
-    mean, low, high = interval(values, CONFIDENCE)
+def _interval(found: tuple[float, float | None, float | None]) -> str:
+    mean, low, high = found
     return f"{mean:.3g}" if low is None or high is None else f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
@@ -173,30 +176,33 @@ def subtraction(store: Store) -> Drawn:
 
 
 def heads(store: Store) -> Drawn:
-    """By setting, the layer whose head looks most at x_t, and how peaked the sharpest head of all is."""
+    """By setting, the layer whose head looks most at x_t, if any head is peaked there, and how peaked the sharpest head of all is."""
     best = store.sql(f"""select r.label, run, layer, max(y) as y from (select run, layer, head, avg(attention) as y from circuit m
 where {FETCH} group by all) join runs r using (run) group by all order by run, y desc""").to_pylist()
     sharp = lines(store, "(select run, step, layer, head, avg(peakiness) as y from circuit m where " + FETCH + " group by all)", "max(m.y)")
     top = {row["run"]: row for row in reversed(best)}.values()  # of each run the layer that looks most
-    layers = sorted({row["layer"] for row in best})
-    there = {(row["label"], row["layer"]) for row in best}
-    shares = [[np.mean([r["layer"] == n for r in top if r["label"] == k]) if (k, n) in there else np.nan for n in layers] for k in sharp]
+    peaks = {run: y for each in sharp.values() for run, y in zip(each.runs, each.values[:, -1], strict=True)}
+    found = {row["run"]: row["layer"] if peaks[row["run"]] > PEAKED else NO_LAYER for row in top}
+    layers = [*sorted({row["layer"] for row in best}), NO_LAYER]
+    there = {(row["label"], row["layer"]) for row in best} | {(label, NO_LAYER) for label in sharp}
+    shares = [[np.mean([found[r] == n for r in sharp[k].runs]) if (k, n) in there else np.nan for n in layers] for k in sharp]
     figure, axes = panels(2, 0.7 + 0.2 * len(sharp), sharey=True)
-    draw_table(axes[0], np.array(shares), list(sharp), [n + 1 for n in layers])
+    peaked = {f"{label} ({len(each.runs)})": each.values[:, -1].tolist() for label, each in sharp.items()}
+    draw_table(axes[0], np.array(shares), list(peaked), ["none" if n == NO_LAYER else n + 1 for n in layers])
     axes[0].set_title("share of runs in which\nthis layer looks most at x_t")
     axes[0].set_xlabel("layer")
-    draw_strips(axes[1], {label: each.values[:, -1].tolist() for label, each in sharp.items()}, "peakiness of the sharpest head")
+    draw_strips(axes[1], peaked, "peakiness of the sharpest head")
     axes[1].set_xlim(-0.03, 1.03)
     return figure, summary(peakiness=sharp)
 
 
 def forgetting(store: Store) -> Drawn:
-    """Exact match on the new task and on the parent's, against epochs."""
+    """Exact match on rows of what a run trains on, a mixture where it does so, and on the parent's, against epochs."""
     figure, axes = panels(2)
     old = lines(store, "evaluate", "max(exact_match)", "m.length is null")
     new = {label: each for label, each in exact_match(store).items() if label in old}
-    for each, (title, found) in zip(axes, {"new": new, "old": old}.items(), strict=True):
-        draw_lines(each, found, f"exact match, {title} task", moment(store)[1])
+    for each, (title, found) in zip(axes, {"training's": new, "the parent's": old}.items(), strict=True):
+        draw_lines(each, found, f"exact match, {title} rows", moment(store)[1])
     axes[1].legend(loc="best", fontsize=5.5)
     return figure, summary(new=new, old=old)
 
@@ -282,7 +288,7 @@ def fit_law(d: Float[np.ndarray, " run"], length: Float[np.ndarray, " run"], sha
 def law(store: Store, draws: int = 200) -> Drawn:
     """Exact match against width at every length, and the fitted width that a length needs, with a bootstrap over runs of each cell."""
     query = f"""select "model.d_model" as d, "task.length" as n, avg(m.exact_match) as y from runs r join evaluate m using (run)
-where {COUNTED} group by run, d, n order by all"""
+where {COUNTED} and r.task = 'polynomial' and "task.cot" and "model.layers" = 2 group by run, d, n order by all"""
     d, n, y = (np.array(store.sql(query)[name].to_pylist(), float) for name in ("d", "n", "y"))
     cells = [np.nonzero((d == a) & (n == b))[0] for a, b in sorted(set(zip(d, n, strict=True)))]
     generator, best = np.random.default_rng(0), fit_law(d, n, y)

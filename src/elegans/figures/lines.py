@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from elegans.figures import style
 from elegans.figures.effects import jitter
 from elegans.figures.paper import LOOK, WIDTH, diamond, name_rows, save
-from elegans.instruments.crossings import crossing, interval
+from elegans.instruments.crossings import Bracket, bracket, crossing, interval
 from elegans.store import Store
 
 CONFIDENCE, LEARNED = 0.95, 0.9  # coverage; exact match that counts as learned
@@ -68,8 +68,15 @@ class Lines:
 
     def crossings(self, level: float) -> list[float | None]:
         """Where each run passes a level for good."""
+        return [crossing(*each, level) for each in self._known()]
+
+    def brackets(self, level: float) -> list[Bracket]:
+        """The recorded moments between which each run passes a level for good; infinite where it never does."""
+        return [bracket(*each, level) for each in self._known()]
+
+    def _known(self) -> list[tuple[list[float], list[float]]]:
         there = np.isfinite(self.values)
-        return [crossing(self.x[k].tolist(), v[k].tolist(), level) for v, k in zip(self.values, there, strict=True)]
+        return [(self.x[k].tolist(), v[k].tolist()) for v, k in zip(self.values, there, strict=True)]
 
 
 def lines(store: Store, table: str, value: str, where: str = "true", by: str = "r.label") -> dict[str, Lines]:

@@ -24,10 +24,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from elegans.errors import StoreError
 from elegans.figures import iteration
 from elegans.figures.lines import Draw, save_drawn
-from elegans.instruments import Circuit, Dynamics, Evaluate, Instrument, Patch, Probe
-from elegans.models import ALiBi, Learned, Rotary, Sinusoidal
+from elegans.instruments import AttentionMaps, Circuit, Dynamics, Evaluate, Instrument, Patch, Probe
+from elegans.models import ALiBi, Learned, Positions, Rotary, Sinusoidal
 from elegans.specs import replace
 from elegans.store import Store
 from elegans.studies.iteration_heads.settings import (
@@ -94,6 +95,8 @@ def draw(store: str | Path, folder: str | Path, name: str | None = None) -> list
     Of a store that several parts share only the part's own runs are drawn; where it has none of them, as after overrides, all are.
     """
     opened = Store(store)
+    if name is None and not (opened.path / "study.json").exists():
+        raise StoreError(f"{opened.path}: no study ended here; say which part to draw by its name")
     said = json.loads((opened.path / "study.json").read_text(encoding="utf-8"))["name"] if name is None else name
     found = said.removesuffix("_small").removeprefix("iteration_heads").removeprefix(".") or "emergence"
     own = PARTS[found](said.endswith("_small")).runs
@@ -114,7 +117,8 @@ def emergence(at: Scale) -> Made:
     0.96 between epochs 150 and 175.
     """
     arms = setting(at, "CoT"), setting(at, "no CoT", polynomial(at, cot=False)), setting(at, "one layer", of=model(at.d_model, 1))
-    return seeded(at, *arms), (Circuit(examples=at.examples), Evaluate(own=True, examples=at.examples))
+    maps = AttentionMaps(at="final")
+    return seeded(at, *arms), (Circuit(examples=at.examples), Evaluate(own=True, examples=at.examples), maps)
 
 
 @part(iteration.table(PUBLISHED))
@@ -294,13 +298,14 @@ def optimiser(at: Scale) -> Made:
 def generalisation(at: Scale) -> Made:
     """Trained on rows of 1 to 8 inputs, which position encodings iterate 9 to 16?
 
-    Learned, sinusoidal, rotary and ALiBi positions, and none. Held-out rows are the long ones (a curriculum that stays in its first
-    stage), fresh rows of 1 to 8 are trained on: `metrics` has both. Cost: 5 structures x 20 runs x 32,000 steps. Expect: learned
-    positions fail, since those beyond 19 are never trained.
+    Learned, sinusoidal and rotary positions, none, and ALiBi with the published slope for one head (2^-8, nearly none) and with 1/2.
+    Held-out rows are the long ones (a curriculum that stays in its first stage), fresh rows of 1 to 8 are trained on: `metrics` has
+    both. Cost: 5 structures x 20 runs (ALiBi 40) x 32,000 steps. Expect: learned positions fail, since those beyond 19 are never trained.
     """
     longer = dataclasses.replace(polynomial(at, 2 * at.length), shortest=at.length + 1)
     task = Curriculum(tasks=(polynomial(at), longer), ends=(1.0,))
-    kinds = {"learned": Learned(), "sinusoidal": Sinusoidal(), "rotary": Rotary(), "ALiBi": ALiBi(), "none": None}
+    kinds: dict[str, Positions | None] = {"learned": Learned(), "sinusoidal": Sinusoidal(), "rotary": Rotary(), "none": None}
+    kinds |= {"ALiBi": ALiBi(), "ALiBi, slope 1/2": ALiBi(span=1.0)}
     arms = [setting(at, name, task, model(at.d_model, position=kind)) for name, kind in kinds.items()]
     return seeded(at, *sketched(*arms)), ()
 
