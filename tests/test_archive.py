@@ -96,3 +96,17 @@ def test_minutes_end_training_at_a_checkpoint(trained, tmp_path):
     elegans("run", trained / "archived_study.py", "--store", tmp_path / "s")
     kept = {k: v for k, v in files(trained / "store", True).items() if k.name not in ("timings.jsonl", "provenance.json")}
     assert {k: v for k, v in files(tmp_path / "s", True).items() if k in kept} == kept
+
+
+def test_a_run_that_came_in_two_cohorts_counts_once(trained, tmp_path):
+    """As two archives of differently planned stores bring it: here a copy of a cohort, under another id."""
+    before, path = Store(trained / "store"), tmp_path / "store"
+    shutil.copytree(before.path, path)
+    twin = before.cohorts()[0].id
+    shutil.copytree(path / "cohorts" / twin, path / "cohorts" / ("f" * 12))
+    shutil.copy(path / "rows" / "probe" / f"{twin}.parquet", path / "rows" / "probe" / f"{'f' * 12}.parquet")
+    after = Store(path)
+    assert len(after.cohorts()) == 3 and [line["run"] for line in after.lines()] == [line["run"] for line in before.lines()]
+    for table in ("runs", "metrics", "probe"):
+        assert after.table(table).equals(before.table(table))
+    assert after.find(after.lines()[0]["run"])[0].id in {c.id for c in before.cohorts()}

@@ -31,6 +31,7 @@ from elegans import (
     At,
     Attention,
     BinaryCopy,
+    BitParity,
     BreadthFirstSearch,
     Constant,
     Cosine,
@@ -141,7 +142,7 @@ def iterative(task: IterativeTask) -> dict[str, list[Pair]]:
     return at("task", fields, on("task", task)) | weighted
 
 
-SIZED = (ActivitySelection, InnerProduct, LongestCommonSubsequence, Majority, MajorityOfMajority, MaximumSubarray, Sorting)
+SIZED = (ActivitySelection, BitParity, InnerProduct, LongestCommonSubsequence, Majority, MajorityOfMajority, MaximumSubarray, Sorting)
 SHORT = (BinaryCopy(length=4, split=Split(0.5, 0.25)), Parity(length=5, split=Split(0.5, 0.25)))
 ANY_MIX = {"tag": [True], "split": [Split(0.6, 0.2)]}
 APART = ("label", "after", "after_step")  # a note, and what decides the weights that the engine is given: see the end

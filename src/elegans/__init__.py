@@ -15,10 +15,9 @@ _HOME = {
     "specs": "Spec field fields grid identity note replace spec structure varies",
     "store": "Store",
     "study": "Study run_study train",
-    "tasks": "ActivitySelection Addition BinaryCopy BreadthFirstSearch Curriculum DepthFirstSearch GraphTask InnerProduct IterativeTask "
-    "LongestCommonSubsequence Majority MajorityOfMajority MaximumSubarray MinimumSpanningTree Mixture Multiplication Parity Polynomial "
-    "Several ShortestPath Sorting Split Task "
-    "TopologicalSort",
+    "tasks": "ActivitySelection Addition BinaryCopy BitParity BreadthFirstSearch Curriculum DepthFirstSearch GraphTask InnerProduct "
+    "IterativeTask LongestCommonSubsequence Majority MajorityOfMajority MaximumSubarray MinimumSpanningTree Mixture "
+    "Multiplication Parity Polynomial Several ShortestPath Sorting Split Task TopologicalSort",
     "training": "AdamW At Constant Cosine Every Linear LogSpaced Optimizer Record Run Schedule State Update WSD When follow",
     "types": "Example Trace Truth",
 }

@@ -53,8 +53,9 @@ def _files(store: Store, cohorts: list[str], weights: bool) -> Iterator[Path]:
 def merge(store: Store, files: list[Path]) -> int:
     """Add the cohorts of archives to a store; return how many were new. Those that it has already are left alone.
 
-    An unfinished cohort of the store gives way to the archive's finished one. Raises `StoreError` for a file that is no
-    archive, and where a cohort was trained twice with different results; nothing of that archive is added then.
+    An unfinished cohort of the store gives way to the archive's finished one. A run may come in several cohorts, of stores that were
+    planned differently: it counts once. Raises `StoreError` for a file that is no archive, and where a cohort was trained twice with
+    different results; nothing of that archive is added then.
     """
     return sum(_merge(store, file) for file in files)
 

@@ -108,7 +108,7 @@ class Store:
         """Every cohort whose plan was written, by id."""
         folders = sorted((self.path / "cohorts").iterdir()) if (self.path / "cohorts").exists() else []
         found = [Cohort(f) for f in folders if (f / "plan.json").exists()]
-        return found if self._shown is None else [c for c in found if any(line["run"] in self._shown for line in c.lines())]
+        return found if self._shown is None else [c for c in found if c.ids() & self._shown.keys()]
 
     def add(self, plan: CohortPlan, provenance: dict[str, Any]) -> Cohort:
         """The folder of a planned cohort, made if there is none. The plan is written last: it marks the folder as whole."""
@@ -136,24 +136,41 @@ class Store:
 
     # ---- runs
 
+    def _told_elsewhere(self) -> dict[str, set[str]]:
+        """Cohorts to those of their runs of which another cohort tells: a finished one first, then the first by id.
+
+        Archives of stores that were planned differently bring the same run in several cohorts.
+        """
+        told: set[str] = set()
+        left: dict[str, set[str]] = {}
+        for cohort in sorted(self.cohorts(), key=lambda c: not c.status()["finished"]):
+            ids = cohort.ids()
+            left[cohort.id] = ids & told
+            told |= ids
+        return {cohort: runs for cohort, runs in left.items() if runs}
+
     def lines(self) -> list[dict[str, Any]]:
         """A line for every run: id, label, cohort, slot, steps, spec, code."""
-        return [line | {"cohort": cohort.id} for cohort in self.cohorts() for line in cohort.lines()]
+        elsewhere = self._told_elsewhere()
+        lines = [line | {"cohort": cohort.id} for cohort in self.cohorts() for line in cohort.lines()]
+        return [line for line in lines if line["run"] not in elsewhere.get(line["cohort"], ())]
 
     def find(self, run: str) -> tuple[Cohort, dict[str, Any]]:
         """The cohort and line of a run, by its id or the start of it. Raises `StoreError`."""
-        found = [(c, line) for c in self.cohorts() for line in c.lines() if line["run"].startswith(run)]
+        lines, homes = self.lines(), {cohort.id: cohort for cohort in self.cohorts()}
+        found = [(homes[line["cohort"]], line) for line in lines if line["run"].startswith(run)]
         if len(found) != 1:
-            known = ", ".join(line["run"] for line in self.lines()[:5])
+            known = ", ".join(line["run"] for line in lines[:5])
             raise StoreError(f"{self.path}: {'no' if not found else 'more than one'} run {run!r}; there are {known}, ...")
         return found[0]
 
     def runs(self) -> pa.Table:
         """A row for every run: id, cohort, label, state, divergence, lengths, and every field of its spec by dotted path."""
         rows = []
+        elsewhere = self._told_elsewhere()
         for cohort in self.cohorts():
             status = cohort.status()
-            for line in cohort.lines():
+            for line in (line for line in cohort.lines() if line["run"] not in elsewhere.get(cohort.id, ())):
                 at = status["diverged"].get(line["run"])
                 done = at is not None or status["finished"] or status["step"] >= line["steps"]
                 state = "diverged" if at is not None else "finished" if done else "unfinished"
@@ -180,8 +197,10 @@ class Store:
             return self.runs()
         if name == "timings":
             return pa.Table.from_pylist([row for cohort in self.cohorts() for row in cohort.timings()])
-        paths = [p for cohort in self.cohorts() for p in cohort.parts(name)] if name in TABLES else self._row_files(name)
-        tables = [pq.read_table(p) for p in paths]
+        paths = [(p, cohort.id) for cohort in self.cohorts() for p in cohort.parts(name)]
+        paths = paths if name in TABLES else [(p, p.stem) for p in self._row_files(name)]
+        elsewhere = self._told_elsewhere()
+        tables = [_without(pq.read_table(p), elsewhere.get(cohort)) for p, cohort in paths]
         return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
 
     def _row_files(self, name: str) -> list[Path]:
@@ -215,6 +234,11 @@ class Store:
             connection.close()
 
 
+def _without(rows: pa.Table, runs: set[str] | None) -> pa.Table:
+    """Rows of other runs than these."""
+    return rows.filter(pc.invert(pc.is_in(rows["run"], pa.array(sorted(runs), pa.string())))) if runs else rows
+
+
 def label_of(run: Run) -> str | None:
     """A run's label, its fields filled in."""
     return specs.fill(run.label, run) if run.label else None
@@ -240,6 +264,10 @@ class Cohort:
     def lines(self) -> list[dict[str, Any]]:
         """The lines of spec.json, in slot order."""
         return [json.loads(line) for line in (self.path / "spec.json").read_text().splitlines()]
+
+    def ids(self) -> set[str]:
+        """The runs' ids."""
+        return set(json.loads((self.path / "plan.json").read_text())["runs"])
 
     def specs(self) -> list[Run]:
         """The runs, in slot order. Custom components must have been imported by the user."""

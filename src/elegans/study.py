@@ -46,6 +46,7 @@ class Study:
     instruments: Sequence[Instrument] = ()
     name: str = "study"
     question: str = ""
+    keep: Callable[[Run], bool] | None = None  # which runs belong, after overrides too; none: all
 
     def override(self, axes: Mapping[str, Sequence[Any]]) -> Study:
         """The study with fields of every run, and of all that it goes on from, replaced; several values of a field sweep it.
@@ -53,6 +54,9 @@ class Study:
         Equal runs become one. What a run alone decides (`after`, `after_step`, `trained`, `label`) is not handed to its parents.
         """
         made = [new for run in self.runs for new in specs.grid(run, {_lineal(path, run): values for path, values in axes.items()})]
+        made = [run for run in made if self.keep is None or self.keep(run)]
+        if not made:
+            raise Invalid("runs", [], f"none of {self.name} is left after {', '.join(axes)}")
         return dataclasses.replace(self, runs=unique(made))
 
     def within(self, flops: float | None) -> Study:

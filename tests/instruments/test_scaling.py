@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import synthetic
+from elegans.files import write_json
 from elegans.instruments.scaling import Ended, Scaling, broken_power_law, by_budget, power_law
 
 BUDGETS = [10.0**k for k in range(9, 16)]
@@ -78,3 +79,28 @@ def test_a_store_gives_the_best_of_each_budget_and_where_it_falls(tmp_path) -> N
     assert [row["loss"] for row in tables["scaling"]][:3] == [pytest.approx(1.01 * plateau)] * 3
     half = next(row for row in tables["scaling_fit"] if row["quantity"] == "half")
     assert (half["low"], half["high"]) == (1e11, 1e12)
+
+
+def test_a_configuration_that_diverged_at_a_budget_is_not_chosen_there(tmp_path) -> None:
+    """Its surviving seeds are the best, and say nothing of the one that was lost."""
+    store = synthetic.grid_store(tmp_path, BUDGETS[:2], lambda flops, width, seed: 0.5 if width == 16 else 0.9, {})
+    (cohort,) = [c for c in store.cohorts() if c.first().model.d_model == 16]
+    lost = next(run for run in cohort.specs() if run.flops == BUDGETS[1])
+    write_json(cohort.path / "status.json", cohort.status() | {"diverged": {lost.id: 3}})
+    rows = Scaling(draws=10).tables(store)["scaling"].to_pylist()
+    assert [(r["flops"], r["loss"], r["configurations"]) for r in rows] == [(BUDGETS[0], 0.5, 2), (BUDGETS[1], 0.9, 1)]
+
+
+def test_intervals_stay_where_losses_and_shares_can_be_and_fits_need_three_seeds() -> None:
+    runs = [Ended("toy", 1e9, "a", f"a{s}", 0.1, test, exact) for s, (test, exact) in enumerate(((0.0, 1.0), (0.3, 0.6), (0.0, 1.0)))]
+    best = Scaling()._best(by_budget(runs)[1e9])
+    assert best["low"] == 0 < best["loss"] and best["exact_high"] == 1 and 0 <= best["exact_low"] < best["exact_match"] < 1
+    falls = [ended(c, "a", s, loss := 3e4 * c**-0.3 * (1 + s / 100), loss) for c in BUDGETS for s in range(3)]
+    for left_out, known in ((None, True), (falls[-1], False)):
+        found = Scaling(draws=20)._fits(by_budget([e for e in falls if e is not left_out]), 0.0, 61.0)
+        slope = next(r for r in found if r["quantity"] == "slope")
+        assert slope["value"] == pytest.approx(0.3, rel=0.05) and (slope["low"] is not None) == known
+
+
+def test_a_break_at_the_edge_of_the_budgets_is_none() -> None:
+    assert broken_power_law(BUDGETS, [1.0] * 2 + [10.0**-k for k in range(1, 6)]) is None

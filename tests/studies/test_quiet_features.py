@@ -2,8 +2,9 @@
 
 import pytest
 
-from elegans import Addition, Multiplication, replace
+from elegans import Addition, Invalid, Multiplication, replace
 from elegans.studies import quiet_features
+from elegans.study import Study
 
 
 def test_configurations_and_steps_of_addition_and_multiplication() -> None:
@@ -36,5 +37,16 @@ def test_across_compute_every_budget_has_every_seed_at_both_rates() -> None:
     study = quiet_features.PARTS["across_addition"]()
     assert len(study.runs) == 13 * 2 * 12 and {run.model.d_model for run in study.runs} == {64}
     assert {run.flops for run in study.runs} >= {1e9, 1e10, 1e11, 1e12} and max(run.flops for run in study.runs) == 1e12
-    more = quiet_features.PARTS["across"]()
-    assert len(more.runs) == 312 + 4 * 17 * 2 * 12 and {run.id for run in study.runs} < {run.id for run in more.runs}
+
+
+def test_overriding_the_task_leaves_the_grid_of_that_task() -> None:
+    """Multiplication's larger budgets, and steps that only another task's rows allow, do not come along."""
+
+    def some(task):
+        return [run for run in quiet_features.configurations(task) if run.optim.lr == 1e-3 and run.model.layers == 4]
+
+    addition = some(Addition(length=16))
+    both = Study([*addition, *some(Multiplication(length=16))], keep=quiet_features.belongs)
+    assert {run.id for run in both.override({"task": [Addition(length=16)]}).runs} == {run.id for run in addition}
+    with pytest.raises(Invalid, match="none of study is left"):
+        Study(addition, keep=quiet_features.belongs).override({"flops": [2e15]})

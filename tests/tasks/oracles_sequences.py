@@ -104,8 +104,9 @@ def majority(prompt: list[str]) -> Row:
     return row(prompt, [int(2 * sum(bits) > len(bits))], {"running_count": running_count(bits)})
 
 
-def parity(prompt: list[str]) -> Row:
-    return row(prompt, [sum(numbers(prompt, 0, 1)) % 2])
+def bit_parity(prompt: list[str]) -> Row:
+    bits = numbers(prompt, 0, 1)
+    return row(prompt, [sum(bits) % 2], {"partial": [(i, sum(bits[: i + 1]) % 2) for i in range(len(bits))]})
 
 
 def inner_product(prompt: list[str]) -> Row:
@@ -189,7 +190,7 @@ SEQUENCE_ORACLES: dict[str, Callable[..., Row]] = {
     "majority_of_majority": majority_of_majority,
     "majority": majority,
     "inner_product": inner_product,
-    "parity": parity,
+    "bit_parity": bit_parity,
     "maximum_subarray": maximum_subarray,
     "activity_selection": activity_selection,
     "sorting": sorting,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from elegans import InnerProduct, Invalid, Majority, MajorityOfMajority, Multiplication, Task
+from elegans import BitParity, InnerProduct, Invalid, Majority, MajorityOfMajority, Multiplication, Task
 from elegans.tasks import counting
 from elegans.tasks.multiplication import floor_sums, high_bits
 from elegans.types import Example
@@ -20,6 +20,7 @@ ROWS = 2000
 COUNTED = 2e-3  # nats: about four standard errors of a plateau counted over 2^16 rows
 MSB = Multiplication(length=5, inputs="msb", outputs="msb")
 TASKS = [Multiplication(), Multiplication(length=3), Majority(), Majority(length=3), MajorityOfMajority(), InnerProduct(length=3)]
+TASKS.append(BitParity(length=3))
 every_task = pytest.mark.parametrize("task", TASKS, ids=repr)
 
 
@@ -58,7 +59,9 @@ def test_equals_answer_and_end_are_scored_and_nothing_follows(task) -> None:
     assert task.floor() == 0 and task.symbols == ("0", "1", "+", "=", "$")
 
 
-@pytest.mark.parametrize("task", [Multiplication(), Majority(), MajorityOfMajority(), InnerProduct(length=3)], ids=repr)
+@pytest.mark.parametrize(
+    "task", [Multiplication(), Majority(), MajorityOfMajority(), InnerProduct(length=3), BitParity(length=3)], ids=repr
+)
 def test_plateaus_are_those_of_counted_rows(task) -> None:
     assert abs(task.plateau() - counting.plateau(task)) < COUNTED
 
@@ -188,10 +191,18 @@ def test_partial_parities_end_in_the_inner_product() -> None:
     assert drawn.tokens[:, -2].tolist() == [(x & y).bit_count() % 2 for x, y in pairs]
 
 
+def test_partial_parities_of_bits_end_in_their_parity() -> None:
+    drawn = draw(BitParity(length=3))
+    bits, partial = drawn.tokens[:, :6], drawn.truth["partial"]
+    assert drawn.tokens[:, -2].tolist() == [sum(row) % 2 for row in bits.tolist()] and drawn.tokens.shape[1] == 9
+    assert (partial.positions == np.arange(6)).all() and (partial.values[:, -1] == drawn.tokens[:, -2]).all()
+    assert (partial.values[:, 1:] == (partial.values[:, :-1] ^ bits[:, 1:])).all() and (partial.values[:, 0] == bits[:, 0]).all()
+
+
 @pytest.mark.parametrize("length", [1, 2, 4])
 def test_plateaus_of_short_rows_are_those_of_all_rows(length) -> None:
     rows = np.array(list(itertools.product((0, 1), repeat=2 * length)))
-    answers = {Majority: rows.sum(1) > length, InnerProduct: (rows[:, :length] * rows[:, length:]).sum(1) % 2}
+    answers = {Majority: rows.sum(1) > length, BitParity: rows.sum(1) % 2, InnerProduct: (rows[:, :length] * rows[:, length:]).sum(1) % 2}
     if length % 2 == 0:
         answers[MajorityOfMajority] = (rows.reshape(len(rows), 4, -1).mean(2) > 0.5).sum(1) >= 3
     for kind, answer in answers.items():
@@ -227,7 +238,7 @@ def test_large_spaces_tell_pairs_apart_and_orders_not(task) -> None:
     assert len(np.unique(found.reshape(len(some) ** 2, -1), axis=0)) == len(some) * (len(some) + 1) // 2
 
 
-@pytest.mark.parametrize("kind", [Majority, MajorityOfMajority])
+@pytest.mark.parametrize("kind", [BitParity, Majority, MajorityOfMajority])
 def test_contents_of_bits_are_the_bits(kind) -> None:
     rows = np.array(list(itertools.product((0, 1), repeat=8)))
     assert sorted(contents(kind(length=4), rows)[:, 0].tolist()) == list(range(256)) and kind(length=4).contents == 256

@@ -15,7 +15,7 @@ ROWS = [
     ("majority_of_majority", "1 1 1 0 0 1 1 1 =", "0"),  # groups 1 0 0 1 tie
     ("majority", "1 1 0 0 =", "0"),
     ("majority", "1 1 0 1 =", "1"),
-    ("parity", "1 0 1 1 =", "1"),
+    ("bit_parity", "1 0 1 1 =", "1"),
     ("inner_product", "1 1 0 + 0 1 1 =", "1"),
     ("inner_product", "1 1 1 + 1 0 1 =", "0"),
     ("maximum_subarray", "11 6 12 8 9 10 4 12 =", "12"),  # 2 -3 3 -1 0 1 -5 3: 3, though 3 -1 0 1 is as good
@@ -141,7 +141,7 @@ def test_the_equals_sign_of_a_graph_is_scored_on_request_only() -> None:
     prompt = list("001=")
     assert ORACLES["breadth_first_search"](prompt).scored == [False] * 4 + [True] * 3
     assert ORACLES["breadth_first_search"](prompt, compat="paper").scored == [False] * 3 + [True] * 4
-    assert ORACLES["parity"](["1", "="]).scored == [False, True, True, True]
+    assert ORACLES["bit_parity"](["1", "="]).scored == [False, True, True, True]
 
 
 # ---- bits and sequences

@@ -93,7 +93,7 @@ def beside(tables: Tables, task: str, feature: str) -> Beside | None:
     if {"across_compute", "across_compute_lead"} <= tables.names:
         where = f"task = {queries.quoted(task)} and feature = {queries.quoted(feature)}"
         rows = columns(tables.ask(f"select * from across_compute where {where} order by flops"))
-        if len(rows["flops"]):
+        if len(rows["flops"]) > 1:  # of a single budget there is no curve
             return _across(rows, tables.ask(f"select * from across_compute_lead where {where}").to_pylist()[0])
     return _within_runs(tables, task, feature) if {"course", "change", "lead"} <= tables.names else None
 

@@ -11,19 +11,18 @@ import pyarrow as pa
 
 from elegans.errors import Invalid
 from elegans.instruments.base import StoreInstrument
-from elegans.instruments.crossings import Bracket, bracket, crossing, interval, lead_of
-from elegans.instruments.scaling import Ended, bounds, by_budget, chosen, ended_runs
-from elegans.instruments.transition import NEVER_FELL, NEVER_READ, PROBES
+from elegans.instruments.crossings import SHARE, Bracket, bracket, crossing, interval, lead_of
+from elegans.instruments.scaling import FEWEST, Ended, bounds, by_budget, chosen, ended_runs
+from elegans.instruments.transition import NEVER_FELL, NEVER_READ, PROBES, SCORE
 from elegans.specs import field, spec
 from elegans.store import Store
 from elegans.tasks import Task
 
-MEANS = {"score": "coalesce(accuracy, r2)", "probe_loss": "coalesce(log_loss, mse)"} | {n: n for n in ("untrained", "control", "chance")}
+MEANS = {"score": SCORE, "probe_loss": "coalesce(log_loss, mse)"} | {n: n for n in ("untrained", "control", "chance")}
 ENDS = f"""with ends as (select * from {PROBES} where coalesce(accuracy, r2) is not null
 qualify step = max(step) over (partition by run, feature))
 select run, feature, site, {", ".join(f'list_avg(list({of}::double order by "index", label)) as {n}' for n, of in MEANS.items())}
 from ends group by run, feature, site order by run, feature, site"""
-FEWEST = 3  # seeds at every budget, below which nothing is called sure
 Values = dict[float, list[float]]  # budget to a value for each seed
 Scores = dict[str, dict[str, float | None]]  # run to the means of its probes
 
@@ -110,7 +109,8 @@ class AcrossCompute(StoreInstrument):
         measured |= {name: point.known(name) for name in ("score", "probe_loss")}
         row: dict[str, Any] = {"flops": point.flops, "configuration": point.runs[0].configuration, "seeds": len(point.runs)}
         for name, values in measured.items():
-            found = interval(values, self.confidence) if values else (None, None, None)
+            ends = SHARE if name in ("score", "exact") else (0, math.inf)
+            found = interval(values, self.confidence, within=ends) if values else (None, None, None)
             row |= dict(zip(("exact_match" if name == "exact" else name, f"{name}_low", f"{name}_high"), found, strict=True))
         controls = {name: point.mean(name) for name in ("untrained", "control", "chance")}
         return row | controls | {"probed": len(point.scores), "floor": task.floor(), "plateau": task.plateau()}

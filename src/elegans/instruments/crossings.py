@@ -57,13 +57,18 @@ def change_point(x: Sequence[float], values: Sequence[float]) -> Bracket | None:
     return (float(x[split]), float(x[split + 1])) if explained[split] > 0 else None
 
 
-def interval(values: Sequence[float] | np.ndarray, confidence: float, fewest: int = 3) -> tuple[float, float | None, float | None]:
-    """Mean and Student t interval over independent runs; no interval for fewer than three, or another number."""
+SHARE = (0.0, 1.0)  # where an accuracy, an exact match or an r2 that counts from 0 can be
+
+
+def interval(
+    values: Sequence[float] | np.ndarray, confidence: float, fewest: int = 3, within: Bracket = (-math.inf, math.inf)
+) -> tuple[float, float | None, float | None]:
+    """Mean and Student t interval over independent runs, cut to where the mean can be; none for fewer than three, or another number."""
     mean = float(np.mean(values))
     if len(values) < fewest:
         return mean, None, None
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
+    return mean, max(mean - half, min(mean, within[0])), min(mean + half, max(mean, within[1]))
 
 
 def spanning(brackets: Sequence[Bracket], confidence: float) -> tuple[float, float | None, float | None]:

@@ -15,12 +15,14 @@ from scipy import optimize
 from elegans import specs
 from elegans.errors import Invalid
 from elegans.instruments.base import StoreInstrument
-from elegans.instruments.crossings import Bracket, bracket, crossing, interval
+from elegans.instruments.crossings import SHARE, Bracket, bracket, crossing, interval
 from elegans.randomness import stable_hash
 from elegans.specs import field, identity, spec
 from elegans.store import Store
 from elegans.tasks import Task
 from elegans.training.run import LENGTHS, is_seed
+
+FEWEST = 3  # seeds at every budget, below which nothing is called sure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,9 @@ def power_law(flops: Sequence[float], loss: Sequence[float]) -> tuple[float, flo
 
 
 def broken_power_law(flops: Sequence[float], loss: Sequence[float]) -> tuple[float, float, float] | None:
-    """(b1, break, b2): two power laws that meet, slopes before and after, the break in FLOPs; None below five points.
+    """(b1, break, b2): two power laws that meet, slopes before and after, the break in FLOPs.
+
+    None below five points, and where the break would be the second or the last but one of them, or beyond.
 
     log loss is piecewise linear in log flops; the break is the one with the least squared error.
     """
@@ -62,6 +66,8 @@ def broken_power_law(flops: Sequence[float], loss: Sequence[float]) -> tuple[flo
     tried = np.linspace(x[1], x[-2], 101)
     start = tried[int(np.argmin([fitted(at)[1] for at in tried]))]
     near = optimize.minimize_scalar(lambda at: fitted(at)[1], bounds=(max(x[1], start - 0.5), min(x[-2], start + 0.5)), method="bounded")
+    if min(near.x - x[1], x[-2] - near.x) < 1e-3:
+        return None  # at the edge of what was tried: it may as well lie beyond
     beta = fitted(near.x)[0]
     return float(-beta[1]), float(math.exp(near.x)), float(-beta[2])
 
@@ -83,7 +89,9 @@ class Scaling(StoreInstrument):
 
     The value of these three crossings is interpolated between two budgets on a logarithmic axis, but the curve may fall anywhere
     between them: their interval goes from the bootstrap quantile of the budget before the crossing to that of the
-    budget after it, so that it always includes the bracket. A bound is null where it lies beyond the budgets.
+    budget after it, so that it always includes the bracket. A bound is null where it lies beyond the budgets. Slopes and breaks have
+    an interval only where every budget has three seeds; of so few seeds a bootstrap covers less than it says. A configuration one of
+    whose runs diverged is not chosen at that budget.
     """
 
     share: float = field(0.1, "part of the way from plateau to floor that counts as having left the plateau", gt=0, lt=1)
@@ -104,8 +112,9 @@ class Scaling(StoreInstrument):
 
     def _best(self, configurations: dict[str, list[Ended]]) -> dict[str, Any]:
         runs = chosen(configurations)
-        mean, low, high = interval([r.test for r in runs], self.confidence)
-        exact = dict(zip(("exact_match", "exact_low", "exact_high"), interval([r.exact_match for r in runs], self.confidence), strict=True))
+        mean, low, high = interval([r.test for r in runs], self.confidence, within=(0, math.inf))
+        of_rows = interval([r.exact_match for r in runs], self.confidence, within=SHARE)
+        exact = dict(zip(("exact_match", "exact_low", "exact_high"), of_rows, strict=True))
         count = {"seeds": len(runs), "configurations": len(configurations)}
         return {"configuration": runs[0].configuration, **count, "loss": mean, "low": low, "high": high, **exact}
 
@@ -117,6 +126,7 @@ class Scaling(StoreInstrument):
             means = [(float(np.mean([r.test for r in rs])), float(np.mean([r.exact_match for r in rs]))) for rs in runs]
             return _Curve(*(list(values) for values in zip(*means, strict=True)))
 
+        enough = min(len(chosen(c)) for c in mine.values()) >= FEWEST
         curves = [curve(False), *(curve(True) for _ in range(self.draws))]
         found, *drawn = [self._facts(flops, one, floor, plateau) for one in curves]
         rising = [self._rising(one, floor, plateau) for one in curves[1:]]
@@ -125,7 +135,7 @@ class Scaling(StoreInstrument):
             low = high = None
             if value is not None and name in rising[0]:
                 low, high = bounds([bracket(flops, *one[name]) for one in rising], self.confidence)
-            elif value is not None and all(d[name] is not None for d in drawn):
+            elif value is not None and enough and all(d[name] is not None for d in drawn):
                 tails = (0.5 - self.confidence / 2, 0.5 + self.confidence / 2)
                 low, high = np.quantile([d[name] for d in drawn], tails)
             rows.append({"quantity": name, "value": value, "low": low, "high": high, "budgets": len(flops)})
@@ -189,17 +199,22 @@ def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
             scores.setdefault(row["run"], {})[row["split"]] = (row["loss"], row["exact"])
     ended: list[Ended] = []
     tasks: dict[str, Task] = {}
+    diverged = {run for cohort in store.cohorts() for run in cohort.status()["diverged"]}
+    lost: set[tuple[str, float, str]] = set()  # configurations that diverged
     for line in store.lines():
         found = scores.get(line["run"], {})
         task = specs.from_dict(Task, line["spec"]["task"])
         name = task.kind if tasks.setdefault(task.kind, task) == task else f"{task.kind} {identity(task)}"
         tasks[name] = task
-        if {"validation", "test"} <= set(found):
-            budget = line["spec"].get("flops") or line["length"] * line["flops_per_step"]
+        budget = line["spec"].get("flops") or line["length"] * line["flops_per_step"]
+        configuration = _configuration(line["spec"])
+        if line["run"] in diverged:
+            lost.add((name, budget, configuration))
+        elif {"validation", "test"} <= set(found):
             scored = (found["validation"][0], *found["test"])
             model = json.dumps(line["spec"]["model"], sort_keys=True)
-            ended.append(Ended(name, budget, _configuration(line["spec"]), line["run"], *scored, model))
-    return ended, tasks
+            ended.append(Ended(name, budget, configuration, line["run"], *scored, model))
+    return [e for e in ended if (e.task, e.flops, e.configuration) not in lost], tasks
 
 
 def _configuration(spec: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from elegans import specs
 from elegans.errors import Invalid
 from elegans.instruments.base import StoreInstrument
-from elegans.instruments.crossings import Bracket, change_point, crossing, decades, interval, lead_of, loudness, spanning
+from elegans.instruments.crossings import SHARE, Bracket, change_point, crossing, decades, interval, lead_of, loudness, spanning
 from elegans.specs import field, spec
 from elegans.store import Store
 from elegans.tasks import Task
@@ -23,7 +23,8 @@ from elegans.training.run import is_seed, tells
 PROBES = """(from probe union all by name
 select null::integer as label, null::float as r2, null::float as mse, null::float as control, null::float as untrained where false)"""
 # in an order of its own, sums included: rows that arrive in another order must give the same bits, and ties the same site
-READABLE = f"""select run, feature, site, step, list_avg(list(coalesce(accuracy, r2)::double order by "index", label)) as score
+SCORE = "coalesce(accuracy, case when r2 < 0 then 0 else r2 end)"  # worse than the mean is as good as nothing, however much worse
+READABLE = f"""select run, feature, site, step, list_avg(list({SCORE}::double order by "index", label)) as score
 from {PROBES} where coalesce(accuracy, r2) is not null group by run, feature, site, step order by run, feature, step, site"""
 LOSSES = "select run, step, loss from metrics where split = 'validation' and loss is not null order by step"
 NEVER_FELL, NEVER_READ = "loss never fell", "never readable"
@@ -52,7 +53,7 @@ class Transition(StoreInstrument):
 
     Per run, table `transition`: `loss_step`, the step at which validation loss has fallen half-way from the
     plateau to the floor for good; `feature_step`, the step at which the probes' score (accuracy; r2 of a number),
-    averaged over reads and labels at the site that is best at the end, has risen half-way from untrained to its
+    averaged over reads and labels (r2 below 0 as 0) at the site that is best at the end, has risen half-way from untrained to its
     end; `lead` = log10(loss_step /
     feature_step), in decades of training steps (the same as decades of FLOPs), positive where the feature came
     first. Missing where the run never learned, or the probe never rose by `least`. Steps lie between recorded
@@ -130,7 +131,8 @@ class Transition(StoreInstrument):
             for step, value in zip(course.steps, course.values, strict=True):
                 found.setdefault(step, []).append(-value if name == "loss" else value)
         head = {"group": group.name, "task": group.task, "curve": name}
-        bounds = {step: dict(zip(("mean", "low", "high"), interval(v, self.confidence), strict=True)) for step, v in found.items()}
+        ends = (0, math.inf) if name == "loss" else SHARE
+        bounds = {s: dict(zip(("mean", "low", "high"), interval(v, self.confidence, within=ends), strict=True)) for s, v in found.items()}
         return [head | {"step": s, "flops": s * group.flops_per_step, "runs": len(found[s])} | bounds[s] for s in sorted(found)]
 
 

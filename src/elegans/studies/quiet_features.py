@@ -93,10 +93,12 @@ def configurations(task: Task) -> Iterator[Run]:
     )
     axes = {"model.d_model": WIDTHS, "model.layers": DEPTHS, "batch": BATCHES, "optim.lr": RATES}
     for run in grid(base, axes):
-        for decade in decades(task):
-            made = replace(run, "flops", 10.0**decade)
-            if made.length <= MOST_STEPS:
-                yield made
+        yield from filter(belongs, (replace(run, "flops", 10.0**decade) for decade in decades(task)))
+
+
+def belongs(run: Run) -> bool:
+    """Whether the grid has a run: at a budget of its task, and not too long."""
+    return run.length <= MOST_STEPS and (run.flops is None or run.flops <= 10.0 ** decades(run.task)[-1])
 
 
 def seeds(run: Run) -> list[Run]:
@@ -107,7 +109,7 @@ def seeds(run: Run) -> list[Run]:
 def whole() -> Study:
     """The grid."""
     runs = [run for task in TASKS for configuration in configurations(task) for run in seeds(configuration)]
-    return Study(name="quiet_features", question=__doc__.splitlines()[0], runs=runs, instruments=(Scaling(),))
+    return Study(name="quiet_features", question=__doc__.splitlines()[0], runs=runs, instruments=(Scaling(),), keep=belongs)
 
 
 def draw(store: str | Path, folder: str | Path) -> list[Path]:

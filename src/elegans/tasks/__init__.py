@@ -5,7 +5,7 @@ from elegans.tasks.addition import Addition
 from elegans.tasks.base import Split, Task
 from elegans.tasks.graphs import GraphTask
 from elegans.tasks.iteration import BinaryCopy, IterativeTask, Polynomial
-from elegans.tasks.majority import InnerProduct, Majority, MajorityOfMajority
+from elegans.tasks.majority import BitParity, InnerProduct, Majority, MajorityOfMajority
 from elegans.tasks.mixture import Curriculum, Mixture, Several
 from elegans.tasks.multiplication import Multiplication
 from elegans.tasks.ordering import TopologicalSort
@@ -21,6 +21,7 @@ __all__ = [
     "ActivitySelection",
     "Addition",
     "BinaryCopy",
+    "BitParity",
     "BreadthFirstSearch",
     "Curriculum",
     "DepthFirstSearch",

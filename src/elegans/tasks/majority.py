@@ -1,4 +1,4 @@
-"""Symmetric functions of many bits: majority, majority of majorities, and the inner product mod 2."""
+"""Symmetric functions of many bits: parity, majority, majority of majorities, and the inner product mod 2."""
 
 from __future__ import annotations
 
@@ -54,6 +54,27 @@ class FairBits(OneBit):
     @property
     def contents(self) -> int | None:
         return 4**self.length if 4**self.length < SMALL_SPACE else None
+
+
+@spec
+class BitParity(FairBits):
+    """The parity of 2 `length` fair bits. (`Parity` is the iterative one, with or without chain of thought, of `length` bits.)
+
+    length=3:  0 1 1 0 1 0 = 1 $
+    scored:                . . .
+    partial    0 1 0 0 1 1, the parity so far, read at each bit
+    """
+
+    def sample(self, key: jax.Array, data: Any) -> Example:
+        del data
+        x = random_bits(key, 2 * self.length)
+        partial = jnp.cumsum(x) % 2
+        tokens, scored = answered(x, partial[-1:])
+        return Example(tokens, scored, {"partial": Truth(partial, jnp.arange(2 * self.length))})
+
+    def plateau(self) -> float | None:
+        """A fair bit's entropy, ln 2, over three tokens."""
+        return coin_entropy(0.5) / self.scored_tokens()
 
 
 @spec
