@@ -110,3 +110,10 @@ def test_a_run_that_came_in_two_cohorts_counts_once(trained, tmp_path):
     for table in ("runs", "metrics", "probe"):
         assert after.table(table).equals(before.table(table))
     assert after.find(after.lines()[0]["run"])[0].id in {c.id for c in before.cohorts()}
+
+
+def test_a_store_without_weights_says_that_nothing_can_be_measured(trained, tmp_path):
+    elegans("archive", trained / "store", tmp_path / "a.tar.xz")
+    elegans("merge", tmp_path / "other", tmp_path / "a.tar.xz")
+    refused = elegans("measure", "dynamics", tmp_path / "other")
+    assert refused.status == 2 and "no weights of a finished run to measure" in refused.err

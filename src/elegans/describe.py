@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.csv
 
 from elegans import specs
-from elegans.errors import Invalid
+from elegans.errors import Invalid, StoreError
 from elegans.files import write_arrays, write_json
 from elegans.instruments import Instrument
 from elegans.instruments import measure as measure_rows
+from elegans.instruments.base import ReplicaInstrument
 from elegans.models import Transformer
 from elegans.randomness import Purpose, key_for
 from elegans.specs import find_kind, grid, kinds
@@ -190,6 +191,8 @@ def measure_store(kind: str, folder: Path, overrides: Mapping[str, Sequence[Any]
         instrument = specs.replace(instrument, path, _single(instrument, path, values))
     with store.lock():
         names = measure_rows(instrument, store, listener)
+    if not names and isinstance(instrument, ReplicaInstrument) and not store.has(kind):
+        raise StoreError(f"{folder}: no weights of a finished run to measure; train here, or merge an archive made with --weights")
     rows = [{"table": n, "rows": store.table(n).num_rows, "measured_now": n in names} for n in names or [kind]]
     return pa.Table.from_pylist(rows)
 
