@@ -28,9 +28,10 @@ class Patch(ReplicaInstrument):
     """Loss, accuracy and exact match after a head's attention is replaced, and everything behind it computed anew.
 
     By `source`, what replaces it: a named pattern (see `instruments/patterns.py`; `uniform` says what is lost without the head's
-    choice) at the queries of which it says something, or the maps that another network has on the same rows: `final`, this
-    run at its end, `seed`, the next run of the cohort that differs in its seeds alone, at the same step (nothing where
-    there is none). One row per source, layer and head; where both are null, all heads are replaced at once.
+    choice) at the queries of which it says something (iteration_1: not at EoI, which keeps its own), or the maps that another
+    network has on the same rows: `final`, this run at its end, `seed`, the next run of the cohort that differs in its seeds
+    alone, at the same step (nothing where there is none). One row per source, layer and head; where both are null, all heads
+    are replaced at once.
 
     The source `circuit` is the whole circuit of iteration, and has that last row alone: iteration_1 in every head of the first
     layer, iteration_2 in every head of the last, each at its own queries, and the layers between as they are. It says whether
