@@ -33,7 +33,7 @@ def test_patterns_of_a_row_drawn_by_hand():
     found = {name: t.tolist() for name, t in jax.jit(lambda row: targets(Parity(length=4, shortest=1), row))(row).items()}
     no = -1
     assert found == {
-        "iteration_1": [no, no, no, no, 4, 4, 4, no, no, no],
+        "iteration_1": [no, no, no, no, no, 4, 4, 4, no, no],  # the states, to the last, which predicts `$`
         "iteration_2": [no, no, no, no, 1, 2, 3, no, no, no],
         "previous": [no, 0, 1, 2, 3, 4, 5, 6, no, no],
         "self": [no, 1, 2, 3, 4, 5, 6, 7, no, no],
@@ -53,9 +53,21 @@ def test_a_rows_iteration_is_that_of_its_task():
         return [made[n].tolist() for n in ("iteration_1", "iteration_2")]
 
     no = -1
-    assert found("parity.input", 4, 5) == [[no] * 4 + [4, 4, no, no], [no] * 4 + [2, 3, no, no]]
-    assert found("input", 3, 4) == [[no] * 3 + [3, 3, no, no, no], [no] * 3 + [1, 2, no, no, no]]  # without that token
+    assert found("parity.input", 4, 5) == [[no] * 5 + [4, 4, no], [no] * 4 + [2, 3, no, no]]
+    assert found("input", 3, 4) == [[no] * 4 + [3, 3, no, no], [no] * 3 + [1, 2, no, no, no]]  # without that token
     assert found("input", 1, 2) == [[no] * 8] * 2  # read at the inputs themselves
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_the_last_state_of_a_row_without_an_end_predicts_nothing(padding):
+    """`P10:11`, padded or not: s_2 is no query."""
+    tokens = jnp.zeros(6 + padding, int)
+    truth = {"input": Truth(jnp.array([1, 0]), jnp.array([3, 4]))}
+    row = Example(tokens, jnp.array([0, 0, 0, 0, 1, 1, 0][: len(tokens)], bool), truth)
+    made = jax.jit(lambda row: targets(TASK, row))(row)
+    no = -1
+    assert made["iteration_1"].tolist() == [no] * 4 + [3] + [no] * padding
+    assert made["iteration_2"].tolist() == [no] * 3 + [1, 2] + [no] * padding
 
 
 @spec
@@ -71,7 +83,7 @@ def test_a_task_names_patterns_of_its_own():
     assert names_of(run)[0] == "two_back" and "iteration_1" not in names_of(run)
     assert "iteration_1" not in names_of(Run(Parity(length=4, cot=False), run.model, steps=1))
     with pytest.raises(Invalid, match=r"nowhere.*two_back, .*uniform"):
-        Circuit(patterns=("nowhere",)).layouts(run)
+        Circuit(patterns=("nowhere",)).check_names([run])
     bare = Run(run.task, Transformer(layers=1, d_model=8, heads=1, attention=None), steps=1)
     with pytest.raises(Invalid, match="no attention"):
         Circuit().layouts(bare)
@@ -90,9 +102,11 @@ def test_the_iteration_head_has_exact_scores(circuit, length):
     for pattern, own in HEADS.items():
         for place in PLACES:
             row = circuit.loc[("perfect", *place, pattern, length)]
-            assert row["peakiness"] == (place == own)
-            uniform = np.mean([1 / (length + t + 1) for t in range(1, length + 1)])
-            expected = 1 if place == own else uniform if place in IDLE_HEADS else 0
+            last = pattern == "iteration_1"  # its queries are s_1 .. s_L, those of the other EoI, s_1 .. s_(L-1)
+            uniform = np.mean([1 / (length + t + 1 + last) for t in range(1, length + 1)])
+            other = last / length  # of the head that fetches x_t: from s_L, what comes after the last input, EoI
+            expected = 1 if place == own else uniform if place in IDLE_HEADS else other
+            assert row["peakiness"] == pytest.approx(0 if place in IDLE_HEADS else expected)
             assert row["attention"] == pytest.approx(expected, abs=1e-6) and row["chance"] == pytest.approx(uniform)
             assert row["invariance"] == pytest.approx(1, abs=1e-5)
     # Queries 1 .. 2 length + 1 count; one of them, EoI, looks at itself, and one at the token before it, EoI.

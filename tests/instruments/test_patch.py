@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from elegans.errors import Invalid
 from elegans.instruments import Patch
+from elegans.instruments.patch import _whole_circuit
 from elegans.models.iterator import HEADS
-from iterating import NETWORKS, RUNS, held_out, measured
+from elegans.models.transformer import Transformer
+from iterating import NETWORKS, RUNS, held_out, measured, without
 
 ROWS = 128
 FIND, FETCH = HEADS["iteration_1"], HEADS["iteration_2"]
@@ -17,7 +21,7 @@ METRICS = ["loss", "accuracy", "exact_match"]
 @pytest.fixture(scope="module")
 def patched():
     """Patches of every network, where another run's maps are those of the next one in the list."""
-    made = measured(Patch(patterns=("iteration_1", "iteration_2", "uniform"), other="seed", examples=ROWS))
+    made = measured(Patch(patterns=("iteration_1", "circuit", "iteration_2", "uniform"), other="seed", examples=ROWS))
     return made.fillna({"layer": -1, "head": -1}).set_index(["run", "source", "layer", "head"]).sort_index()
 
 
@@ -26,10 +30,11 @@ def rows():
     return held_out(ROWS)
 
 
-def without_fetching(rows) -> dict[str, float]:
+def without_fetching(rows, only_first=False) -> dict[str, float]:
     """By plain loops: the state is combined with what is most frequent among all the tokens seen, `0` winning ties.
 
-    The margin of the answers' logits is 20 (of the end's 40), so each nat of loss can be written down.
+    With `only_first` so is the first state alone, and all else is right. The margin of the answers' logits is 20 (of the end's 40),
+    so each nat of loss can be written down.
     """
     nats, right = [], []
     for tokens, scored in zip(rows.tokens, rows.scored, strict=True):
@@ -43,8 +48,9 @@ def without_fetching(rows) -> dict[str, float]:
                 logits[:2] = 20 * shares[[state, 1 - state]]  # s = state xor x
             else:
                 logits[:2], logits[4] = 20 * shares[[state, 1 - state]], 40
-            nats.append(np.log(np.exp(logits).sum()) - logits[tokens[place]])
-            right.append(logits.argmax() == tokens[place])
+            whole = only_first and before != 3
+            nats.append(0 if whole else np.log(np.exp(logits).sum()) - logits[tokens[place]])
+            right.append(whole or logits.argmax() == tokens[place])
     each = np.split(np.array(right), np.cumsum(rows.scored.sum(1))[:-1])
     return {"loss": np.mean(nats), "accuracy": np.mean(right), "exact_match": np.mean([r.all() for r in each])}
 
@@ -85,12 +91,53 @@ def test_the_ideal_map_is_the_heads_own(patched):
 
 
 def test_the_ideal_map_restores_a_broken_head(patched, rows):
-    """Fetching wholly. Finding the start only at queries that the pattern names: not at the one before the end."""
+    """Fetching wholly. Finding the start at the states, to the end of the row; EoI is not told to look at itself, and x_1 not fetched."""
     row = patched.loc[("no fetch", "iteration_2", *FETCH)]
     assert (row["exact_match"], row["accuracy"]) == (1, 1) and row["loss"] < 1e-6
     row = patched.loc[("no start", "iteration_1", *FIND)]
-    assert row["exact_match"] == 0 and row["accuracy"] == pytest.approx(1 - ROWS / rows.scored.sum())
+    expected = without_fetching(rows, only_first=True)
+    assert 0.5 < expected["exact_match"] < 1
+    assert row[METRICS].to_dict() == pytest.approx(expected, rel=1e-4)
     assert patched.loc[("no fetch", "iteration_1", *FIND), "exact_match"] < 0.7  # not what it lacks
+
+
+@pytest.mark.parametrize("name", ["perfect", "no start", "no fetch"])
+def test_the_whole_circuit_is_all_that_is_missing(patched, name):
+    made = patched.loc[(name, "circuit")]
+    assert made.index.tolist() == [(-1, -1)]
+    assert (made["exact_match"] == 1).all() and (made["loss"] < 1e-6).all()
+
+
+def test_a_network_without_a_choice_in_any_layer_is_restored(rows):
+    """By the whole circuit alone: one pattern leaves the other layer as it is."""
+    blind = without(without(NETWORKS["perfect"], 0), 1)
+    made = measured(Patch(patterns=("iteration_2", "circuit"), examples=ROWS), [("perfect", 2, blind)]).set_index("source")
+    assert made.loc["circuit", "exact_match"] == 1 and made.loc["circuit", "loss"] < 1e-6
+    assert (made["base_exact_match"] == 0).all() and (made.loc["iteration_2", "exact_match"] == 0).all()  # no row ends
+    assert made["layer"].isna()[made.index == "circuit"].tolist() == [True]
+
+
+def test_the_whole_circuit_needs_chain_of_thought_and_two_layers():
+    run = RUNS["perfect"]
+    one = dataclasses.replace(run, model=Transformer(layers=1, d_model=8, heads=1))
+    wordless = dataclasses.replace(run, task=dataclasses.replace(run.task, cot=False))
+    for other in (one, wordless):
+        with pytest.raises(Invalid, match="circuit"):
+            Patch(patterns=("circuit",)).check_names([other])
+        Patch(patterns=("circuit",)).check_names([other, run])
+        assert "circuit" not in Patch().layouts(other)["patch"].columns()["source"]
+    assert "circuit" in Patch().layouts(run)["patch"].columns()["source"]
+
+
+def test_the_layers_between_keep_their_maps(rows):
+    """Of four layers: the first has s_t look at EoI, the last the token before s_t at x_t."""
+    maps, asked = jax.device_get(jax.jit(lambda rows: _whole_circuit(RUNS["perfect"], rows, 4))(rows))
+    assert not asked[:, 1:3].any() and not maps[:, 1:3].any()
+    for n in range(0, ROWS, 16):
+        length = int((rows.truth["input"].positions[n] >= 0).sum())
+        assert np.argwhere(maps[n, 0, 0]).tolist() == [[length + 1 + t, length + 1] for t in range(1, length + 1)]
+        assert np.argwhere(maps[n, 3, 0]).tolist() == [[length + t, t] for t in range(1, length + 1)]
+    np.testing.assert_array_equal(maps[:, :, 0].sum(-1), asked)
 
 
 def test_the_maps_of_another_run(patched):

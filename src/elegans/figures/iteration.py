@@ -132,7 +132,7 @@ def patching(store: Store) -> Drawn:
     figure, axes = panels(3, sharey=True)
     base = {"no patch": next(iter(lines(store, "patch", "max(base_exact_match)", by="'no patch'").values()))}
     place = "coalesce('layer ' || (layer + 1), 'all')"
-    ideal = "(source = 'iteration_1' and layer = 0 or source = 'iteration_2' and layer = 1)"
+    ideal = "(source = 'iteration_1' and layer = 0 or source = 'iteration_2' and layer = 1 or source = 'circuit')"
     titles = {"ideal": ideal, "uniform": "source = 'uniform'", "its own at the end": "source = 'final'"}
     made = {title: base | lines(store, "patch", "max(exact_match)", where, by=place) for title, where in titles.items()}
     for each, (title, found) in zip(axes, made.items(), strict=True):

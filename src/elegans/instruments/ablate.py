@@ -53,6 +53,9 @@ class Ablate(ReplicaInstrument):
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise Invalid("methods", self.methods, "allowed: one or more, each once")
 
+    def named(self, run: Run) -> dict[str, tuple[str, ...]]:
+        return {"features": features_of(run, ()), "family": tuple(run.model.probed_sites())}
+
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
         keys = jax.random.split(key, 3)
         parts = ("validation", self.fit), ("test", self.test)
@@ -107,7 +110,8 @@ class Ablate(ReplicaInstrument):
 
     def layouts(self, run: Run) -> dict[str, Layout]:
         axes = [[{"method": m} for m in self.methods], self._directions()]
-        return {name: Layout({"feature": name}, axes) for name in features_of(run, self.features)}
+        features = features_of(run, self.features) if sites_of(run, (self.family,)) else ()
+        return {name: Layout({"feature": name}, axes) for name in features}
 
 
 class Found(NamedTuple):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Array, Float
 
+from elegans.errors import Invalid
 from elegans.randomness import Purpose, key_for
 from elegans.specs import Spec, field, identity, spec
 from elegans.store import Cohort, Store
@@ -80,6 +81,18 @@ class ReplicaInstrument(Instrument):
     def layouts(self, run: Run) -> dict[str, Layout]:
         """What the axes of each block's arrays mean."""
 
+    def named(self, run: Run) -> dict[str, tuple[str, ...]]:
+        """By option that names things of a run, all that this run has.
+
+        `layouts` and `apply` leave out what is asked for and this run has not; a name that no run of a store has is an error.
+        """
+        del run
+        return {}
+
+    def split(self, runs: dict[str, Run]) -> list[tuple[ReplicaInstrument, dict[str, Run]]]:
+        """The runs of a cohort by what measures them, each a program of its own; those that nothing measures are left out."""
+        return [(self, runs)]
+
     def partners(self, networks: Sequence[tuple[str, int]], runs: dict[str, Run]) -> list[int | None] | None:
         """For every network of the cohort, (run, step), the index of the one that it is measured against.
 
@@ -93,11 +106,32 @@ class ReplicaInstrument(Instrument):
         return table
 
     def rows(self, store: Store, listener: Callable[[str, Any], None]) -> Iterator[tuple[str, str, pa.Table]]:
-        for cohort in store.cohorts():
-            if cohort.status()["finished"] and not _measured(store, self, cohort.id):
-                listener("measure", (self.kind, cohort.id))
-                if tables := list(self._steps(cohort, listener)):
-                    yield self.kind, cohort.id, self.finish(pa.concat_tables(tables, promote_options="permissive"))
+        cohorts = store.cohorts()
+        new = [c for c in cohorts if c.status()["finished"] and not _measured(store, self, c.id)]
+        if new:
+            self.check_names(c.first() for c in sorted(cohorts, key=lambda c: c not in new))
+        for cohort in [c for c in new if self._has_some(c)]:  # a list: every cohort is looked at before the first is measured
+            listener("measure", (self.kind, cohort.id))
+            if tables := list(self._steps(cohort, listener)):
+                yield self.kind, cohort.id, self.finish(pa.concat_tables(tables, promote_options="permissive"))
+
+    def check_names(self, runs: Iterable[Run]) -> None:
+        """Raises `Invalid` for a name asked for that none of the runs has; what only some of them lack is missing there."""
+        known: dict[str, dict[str, None]] = {}
+        lacking: list[tuple[str, str]] = []
+        for run in runs:
+            known = {option: known.get(option, {}) | dict.fromkeys(names) for option, names in self.named(run).items()}
+            lacking = [(option, name) for option, names in known.items() for name in _names(getattr(self, option)) if name not in names]
+            if not lacking:
+                return
+        for option, name in lacking:
+            raise Invalid(option, name, f"allowed in this store: {', '.join(known[option])}")
+
+    def _has_some(self, cohort: Cohort) -> bool:
+        """Whether there is anything to measure. Raises `Invalid` for a cohort that cannot be measured."""
+        parts = self.split({run.id: run for run in cohort.specs()})
+        layouts = [layout for one, runs in parts for layout in one.layouts(resolve(next(iter(runs.values())))).values()]
+        return any(all(map(len, layout.axes)) for layout in layouts)
 
     def _steps(self, cohort: Cohort, listener: Callable[[str, Any], None]) -> Iterator[pa.Table]:
         runs = {run.id: run for run in cohort.specs()}
@@ -111,7 +145,12 @@ class ReplicaInstrument(Instrument):
         yield from self._over(runs, sorted(networks, key=lambda n: (n[1], n[0])), listener)
 
     def _over(self, runs: dict[str, Run], networks: list[tuple[str, int, np.ndarray]], listener: Callable) -> Iterator[pa.Table]:
-        """Networks of one structure, in batches of equal size so that one program measures them all."""
+        """Networks of one structure."""
+        for one, mine in self.split(runs):
+            yield from one._alike(mine, [n for n in networks if n[0] in mine], listener)
+
+    def _alike(self, runs: dict[str, Run], networks: list[tuple[str, int, np.ndarray]], listener: Callable) -> Iterator[pa.Table]:
+        """Networks that are measured alike, in batches of equal size so that one program measures them all."""
         if not networks:
             return
         first = resolve(next(iter(runs.values())))
@@ -173,6 +212,16 @@ def measure(instrument: Instrument, store: Store, listener: Callable[[str, Any],
         store.add_rows(name, part, table.replace_schema_metadata({"instrument": identity(instrument)}))
         written.append(name)
     return sorted(set(written))
+
+
+def those(asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Of the names asked for those that are known; all of them where none is asked for."""
+    return tuple(name for name in asked if name in known) if asked else tuple(known)
+
+
+def _names(value: str | Sequence[str]) -> Sequence[str]:
+    """The names that an option holds."""
+    return (value,) if isinstance(value, str) else value
 
 
 def _measured(store: Store, instrument: Instrument, part: str) -> bool:

@@ -33,6 +33,9 @@ class Circuit(ReplicaInstrument):
     examples: int = field(512, "rows, of all lengths together", ge=1, le=1_000_000)
     by_length: bool = field(True, "each length of row apart")
 
+    def named(self, run: Run) -> dict[str, tuple[str, ...]]:
+        return {"patterns": names_of(run)}
+
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
         rows = draw_set(run.task, self.part, key, self.examples, data)
         target = ideals(run, rows, names_of(run, self.patterns))  # [row, pattern, query]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pyarrow as pa
 from jaxtyping import Array, Bool, Float
 
@@ -73,14 +71,15 @@ class Evaluate(ReplicaInstrument):
         assert task is not None
         return Run(task, run.model, steps=1)
 
-    def _over(self, runs: dict[str, Run], networks: list[tuple[str, int, np.ndarray]], listener: Callable) -> Iterator[pa.Table]:
-        """Networks by the task that they are measured on, which is the same for those of one program."""
+    def split(self, runs: dict[str, Run]) -> list[tuple[ReplicaInstrument, dict[str, Run]]]:
+        """Runs by the task that they are measured on, which is the same for those of one program."""
         if self.own or self.task is not None:
-            yield from super()._over(runs, networks, listener)
-            return
-        for task in dict.fromkeys(run.after.task for run in runs.values() if run.after is not None):
-            mine = {i: run for i, run in runs.items() if run.after is not None and run.after.task == task}
-            yield from dataclasses.replace(self, task=task)._over(mine, [n for n in networks if n[0] in mine], listener)
+            return super().split(runs)
+        tasks = {i: run.after.task for i, run in runs.items() if run.after is not None}
+        return [
+            (dataclasses.replace(self, task=task), {i: runs[i] for i, own in tasks.items() if own == task})
+            for task in dict.fromkeys(tasks.values())
+        ]
 
     def finish(self, table: pa.Table) -> pa.Table:
         """Lengths as whole numbers, also where every one is null."""

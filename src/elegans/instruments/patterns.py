@@ -7,11 +7,13 @@ the last that predicts a scored token, without the first, which sees only itself
   previous     the token before                 first        the row's first token
   self         the token itself                 uniform      all tokens that it sees
   induction    the token after the last earlier occurrence of the query's own token (Olsson et al. 2022)
-  iteration_1  with chain of thought: the token before s_t looks at EoI          (Cabannes et al. 2024)
-  iteration_2  with chain of thought: the token before s_t looks at x_t
+  iteration_1  with chain of thought: s_1 .. s_L look at EoI                        (Cabannes et al. 2024)
+  iteration_2  with chain of thought: EoI, s_1 .. s_(L-1) look at x_1, x_2 .. x_L
 
-The last two for tasks whose rows are `[task] x_1 .. x_L [EoI] s_1 .. s_L [EoS]`, with the truth `input` read where s_t is
-predicted. What a task's own circuit is, its method `attends` says.
+The queries of iteration_1 are all states: that EoI looks at itself would say nothing, and from s_L the row's end is predicted.
+Where nothing scored is predicted from s_L, it is no query. Both are for tasks whose rows are
+`[task] x_1 .. x_L [EoI] s_1 .. s_L [EoS]`, with the truth `input` read where s_t is predicted. What a task's own circuit is,
+its method `attends` says.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from elegans.errors import Invalid
+from elegans.instruments.base import those
 from elegans.instruments.probe import truth_of
 from elegans.tasks import Task
 from elegans.training.run import Run
@@ -78,37 +81,37 @@ def _inputs(truth: dict[str, Truth]) -> Int[Array, "*row reads"] | None:
     return jnp.stack(padded).max(0) if found else None
 
 
-def _iteration_targets(where: Iteration, positions: int) -> dict[str, Targets]:
-    """The circuit of chain of thought."""
-    queries, inputs = where
-    empty, place = jnp.full(positions, NOWHERE), jnp.where(queries >= 0, queries, positions)  # what is beyond is dropped
-    found = {"iteration_1": jnp.broadcast_to(queries[:1], queries.shape), "iteration_2": inputs}
-    return {name: empty.at[place].set(target, mode="drop")[:-1] for name, target in found.items()}
+def _iteration_targets(where: Iteration, last: Int[Array, ""], queries: int) -> dict[str, Targets]:
+    """The circuit of chain of thought, of as many queries as a row has, up to the last that predicts a scored token."""
+
+    def at(place: Int[Array, " reads"], target: Int[Array, " reads"]) -> Targets:
+        there = (where.queries >= 0) & (place <= last)
+        return jnp.full(queries, NOWHERE).at[jnp.where(there, place, queries)].set(target, mode="drop")  # beyond: dropped
+
+    start = jnp.broadcast_to(where.queries[:1], where.queries.shape)  # EoI; one behind each query stands its state
+    return {"iteration_1": at(where.queries + 1, start), "iteration_2": at(where.queries, where.inputs)}
 
 
 def targets(task: Task, example: Example) -> dict[str, Targets]:
     """Every named pattern that one row of a task has: the task's own and those of iteration first."""
     tokens, n = example.tokens[:-1], example.tokens.shape[0] - 1
     found: dict[str, Targets] = {name: t[:n] for name, t in task.attends(example).items()}
-    where = iteration(task, example.truth)
-    found |= {} if where is None else _iteration_targets(where, n + 1)
     q = jnp.arange(n)
-    seen = (q >= 1) & (q <= jnp.where(example.scored[1:], q, 0).max())
+    last = jnp.where(example.scored[1:], q, 0).max()
+    where = iteration(task, example.truth)
+    found |= {} if where is None else _iteration_targets(where, last, n)
+    seen = (q >= 1) & (q <= last)
     return found | {name: jnp.where(seen, of(tokens), NOWHERE) for name, of in GENERAL.items() if name not in found}
 
 
 def names_of(run: Run, asked: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The patterns asked for, or all that the run's task has. Raises `Invalid`."""
+    """The patterns that the run's task has: of those asked for, or all."""
 
     def made(key: jax.Array) -> dict[str, Targets]:
         return targets(run.task, run.task.sample(key, run.task.prepare()))
 
     known = tuple(jax.eval_shape(made, jax.random.key(0)))
-    known = tuple(sorted(known, key=lambda name: name in GENERAL))  # tracing sorts names; the task's own stand first
-    for name in asked:
-        if name not in known:
-            raise Invalid("patterns", name, f"allowed for {run.task.kind}: {', '.join(known)}")
-    return asked or known
+    return those(asked, sorted(known, key=lambda name: name in GENERAL))  # tracing sorts names; the task's own stand first
 
 
 def ideals(run: Run, rows: Example, names: tuple[str, ...]) -> Int[Array, "row pattern query"]:

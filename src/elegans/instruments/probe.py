@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from elegans.errors import Invalid
-from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
+from elegans.instruments.base import Blocks, Layout, ReplicaInstrument, those
 from elegans.instruments.linear import Probes, fit_logistic, fit_squares
 from elegans.specs import field, spec
 from elegans.tasks.sampling import TaskData, draw_set
@@ -83,21 +82,14 @@ def truth_of(run: Run) -> dict[str, Truth]:
 
 
 def features_of(run: Run, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The features to probe: those asked for, or all that the task knows. Raises `Invalid`."""
-    truth = truth_of(run)
-    for name in asked:
-        if name not in truth:
-            raise Invalid("features", name, f"allowed: truth of {run.task.kind}: {', '.join(truth)}")
-    return asked or tuple(truth)
+    """The features to probe that the task knows: of those asked for, or all."""
+    return those(asked, tuple(truth_of(run)))
 
 
 def places_of(run: Run, families: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The model's sites of some families, with family and layer (-1: before the first). Raises `Invalid`."""
+    """The model's sites of those families that it has, with family and layer (-1: before the first)."""
     known = run.model.probed_sites()
-    for family in families:
-        if family not in known:
-            raise Invalid("families", family, f"allowed for {run.model.kind}: {', '.join(known)}")
-    return [{"site": s, "family": f, "layer": int(s.split(".")[1]) if "." in s else -1} for f in families for s in known[f]]
+    return [{"site": s, "family": f, "layer": int(s.split(".")[1]) if "." in s else -1} for f in families for s in known.get(f, ())]
 
 
 def sites_of(run: Run, families: tuple[str, ...]) -> tuple[str, ...]:
@@ -134,6 +126,9 @@ class Probe(ReplicaInstrument):
     test: int = field(1024, "examples to test on", ge=1, le=1_000_000)
     c: float = field(100.0, "inverse strength of the L2 penalty, as scikit-learn's C", gt=0)
     control: bool = field(True, "also fit to random labels")
+
+    def named(self, run: Run) -> dict[str, tuple[str, ...]]:
+        return {"features": features_of(run, ()), "families": tuple(run.model.probed_sites())}
 
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
         keys = jax.random.split(key, 3)

@@ -180,9 +180,12 @@ def patching(at: Scale) -> Made:
 
     The runs of `emergence` with CoT, patched while they train: an ideal map says whether attention is all that is missing before the
     jump, a uniform one whether it is needed after it. Cost: 1 structure x 20 runs x 32,000 steps, and 101 x 20 networks
-    patched in 16 ways. Expect: after the jump uniform layer 2 leaves about 0, ideal maps leave it at 1.
+    patched in 13 ways: each layer alone and all at once, or the whole circuit. Expect from layer 2's peakiness after the jump (0.96,
+    one seed): its ideal map leaves exact match about where it is, a uniform one about 0. Nothing is known of layer 1, which may tell
+    the step by other keys than EoI: what its ideal map, and so the whole circuit, leave is the question.
     """
-    return seeded(at, setting(at, "CoT")), (Patch(patterns=("iteration_1", "iteration_2", "uniform"), other="final", examples=256),)
+    patterns = "iteration_1", "iteration_2", "uniform", "circuit"
+    return seeded(at, setting(at, "CoT")), (Patch(patterns=patterns, other="final", examples=256),)
 
 
 # ---- what the authors left open
