@@ -70,8 +70,8 @@ from elegans import (
     replace,
     spec,
 )
+from elegans.folder import Cohort
 from elegans.specs import _KINDS, fill, is_abstract, leaves
-from elegans.store import Cohort
 from elegans.study import _parent
 from elegans.tasks.sampling import prepare
 from elegans.training import ahead, train

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from elegans.errors import StoreError
 from elegans.files import file_digest, replacing
-from elegans.store import FORMAT, TABLES, Store
+from elegans.folder import TABLES
+from elegans.store import FORMAT, Store
 
 WEIGHTS = ("state-*", "weights-*")  # what makes a store large
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from elegans.store import Cohort
+from elegans.folder import Cohort
 from elegans.training import train
 from elegans.training.cost import flops_per_step
 from elegans.training.planner import CohortPlan

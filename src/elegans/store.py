@@ -24,33 +24,26 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from elegans import specs
 from elegans.errors import StoreError
-from elegans.files import file_digest, locked, read_arrays, write_arrays, write_json, write_table, write_text
+from elegans.files import locked, write_json, write_table, write_text
+from elegans.folder import TABLES, Cohort
 from elegans.sources import code_of, custom_files
-from elegans.training.checkpoint import arrays_to_vectors, state_to_arrays, weights_to_arrays
-from elegans.training.cohort import resolve
 from elegans.training.cost import flops_per_step, parameters
 from elegans.training.planner import CohortPlan
 from elegans.training.run import Run
-from elegans.training.train import Checkpoint, Compiled, Event, Rows, Weights
-from elegans.types import AnyArray
 
 FORMAT = 1
-TABLES = ("metrics", "positions")
 
 
 class Store:
@@ -253,203 +246,3 @@ def _line(slot: int, run: Run) -> dict[str, Any]:
 def _column(values: list[Any]) -> pa.Array:
     kinds = {type(v) for v in values if v is not None}
     return pa.array(values) if len(kinds) <= 1 or kinds == {int, float} else pa.array([None if v is None else str(v) for v in values])
-
-
-class Cohort:
-    """One cohort's folder."""
-
-    def __init__(self, path: Path):
-        self.path, self.id = path, path.name
-
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of spec.json, in slot order."""
-        return [json.loads(line) for line in (self.path / "spec.json").read_text().splitlines()]
-
-    def ids(self) -> set[str]:
-        """The runs' ids."""
-        return set(json.loads((self.path / "plan.json").read_text())["runs"])
-
-    def specs(self) -> list[Run]:
-        """The runs, in slot order. Custom components must have been imported by the user."""
-        return [specs.from_dict(Run, line["spec"] | {"label": line["label"]}) for line in self.lines()]
-
-    def first(self) -> Run:
-        """The first run as the engine sees it: its shapes are every run's."""
-        return resolve(specs.from_dict(Run, self.lines()[0]["spec"]))
-
-    def plan(self) -> CohortPlan:
-        """The stored plan."""
-        runs = {line["run"]: run for line, run in zip(self.lines(), self.specs(), strict=True)}
-        return CohortPlan.from_dict(json.loads((self.path / "plan.json").read_text()), runs)
-
-    def status(self) -> dict[str, Any]:
-        """Step, whether finished, diverged runs with their steps, whether an executable was rebuilt on resume."""
-        path = self.path / "status.json"
-        none = {"step": 0, "finished": False, "diverged": {}, "recompiled": False}
-        return none | (json.loads(path.read_text()) if path.exists() else {})
-
-    def timings(self) -> list[dict[str, Any]]:
-        """Wall-clock records: of every session of training, compile and step seconds."""
-        path = self.path / "timings.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows = []
-        for line in lines:
-            try:
-                rows.append(json.loads(line) | {"cohort": self.id})
-            except json.JSONDecodeError:  # a process was killed while it wrote this line
-                continue
-        return rows
-
-    def parts(self, table: str) -> list[Path]:
-        """Parquet parts of a table, in step order; a finished cohort's are merged into one file."""
-        merged = self.path / f"{table}.parquet"
-        return [merged] if merged.exists() else sorted(self.path.glob(f"{table}-*.parquet"))
-
-    def tidy(self) -> None:
-        """Remove what a finished cohort needs no more: merged parts, files of a write that was cut short."""
-        for pattern in (".*.tmp", "parts-*.json", *(f"{table}-*.parquet" for table in TABLES)):
-            for path in self.path.glob(pattern):
-                path.unlink()
-
-    # ---- weights
-
-    def weight_steps(self) -> list[int]:
-        """Steps at which parameters were recorded."""
-        return [_step(p) for p in sorted(self.path.glob("weights-*.safetensors"))]
-
-    def weights(self, step: int) -> tuple[list[str], np.ndarray]:
-        """Ids of the runs recorded at a step, and their parameters [replica, parameter]."""
-        arrays, notes = read_arrays(self.path / f"weights-{step:010d}.safetensors")
-        return json.loads(notes["runs"]), arrays_to_vectors(self.first(), arrays)
-
-    def final(self) -> tuple[list[str], np.ndarray]:
-        """Ids and final parameters [replica, parameter] of every run that ended."""
-        found: dict[str, np.ndarray] = {}
-        lines = self.lines()
-        for path in sorted(self.path.glob("state-*.safetensors")):
-            arrays, _ = read_arrays(path)
-            vectors = arrays_to_vectors(self.first(), arrays)
-            ended = [(line["run"], v) for line, v in zip(lines, vectors, strict=False) if line["steps"] <= _step(path)]
-            found = dict(ended) | found  # the earliest state after a run's end: later ones hold the same weights
-        ids = [line["run"] for line in lines if line["run"] in found]
-        return ids, np.stack([found[i] for i in ids]) if ids else np.empty((0, 0))
-
-    def vectors(self, step: int | None) -> dict[str, np.ndarray]:
-        """Parameters by run, at a recorded step or (none) at the end of each; empty where none were kept, without diverged runs."""
-        if step is not None and step not in self.weight_steps():
-            return {}
-        ids, vectors = self.final() if step is None else self.weights(step)
-        bad = self.status()["diverged"] if step is None else ()
-        return {i: v for i, v in zip(ids, vectors, strict=True) if i not in bad}
-
-    # ---- resuming
-
-    def newest_state(self) -> tuple[int, dict[str, np.ndarray]] | None:
-        """The newest undamaged checkpoint whose metrics are all there; warns of every one that is passed over."""
-        for path in sorted(self.path.glob("state-*.safetensors"), reverse=True):
-            try:
-                arrays, _ = read_arrays(path)
-                for name, digest in json.loads(_parts(path).read_text()).items():
-                    if not (self.path / name).exists() or file_digest(self.path / name) != digest:
-                        raise StoreError(f"{self.path / name}: missing or damaged")
-                return _step(path), arrays
-            except (StoreError, OSError, json.JSONDecodeError) as error:
-                warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
-        return None
-
-    def writer(self, step: int) -> Writer:
-        """A writer that goes on from a checkpoint's step: whatever is newer is dropped."""
-        return Writer(self, step)
-
-
-def _step(path: Path) -> int:
-    return int(re.findall(r"\d+", path.stem)[-1])
-
-
-def _parts(state: Path) -> Path:
-    """Where the digests of the rows that go with a state are."""
-    return state.with_name(f"parts-{_step(state):010d}.json")
-
-
-class Writer:
-    """Writes a cohort's events. Rows reach the disk with the checkpoint that closes them, so that a killed
-    process leaves the same files as one that was never stopped."""
-
-    def __init__(self, cohort: Cohort, step: int):
-        self.cohort, self.step = cohort, step
-        self.run, self.lines = cohort.first(), cohort.lines()
-        self.stops = {stop for _, stop, _ in json.loads((cohort.path / "plan.json").read_text())["segments"]}
-        self.rows: dict[str, list[dict[str, np.ndarray]]] = {table: [] for table in TABLES}
-        for path in cohort.path.glob(".*.tmp"):
-            path.unlink()
-        for path in [p for pattern in ("*-*.parquet", "parts-*", "state-*", "weights-*") for p in cohort.path.glob(pattern)]:
-            if _step(path) > step or (step == 0 and path.suffix == ".parquet"):
-                path.unlink()
-        self.digests = {p.name: file_digest(p) for table in TABLES for p in cohort.parts(table)}
-
-    def write(self, event: Event) -> None:
-        """Keep an event."""
-        if isinstance(event, Rows):
-            self.rows[event.table].append(event.columns)
-        elif isinstance(event, Weights):
-            arrays = weights_to_arrays(self.run, event.vectors)
-            write_arrays(self.cohort.path / f"weights-{event.step:010d}.safetensors", arrays, {"runs": json.dumps(event.runs)})
-        elif isinstance(event, Checkpoint):
-            self._checkpoint(event)
-        elif isinstance(event, Compiled) and self.step > 0 and event.fresh:
-            self._update_status(recompiled=True)
-
-    def _checkpoint(self, event: Checkpoint) -> None:
-        for table, parts in self.rows.items():
-            if parts:
-                path = self.cohort.path / f"{table}-{self.step:010d}-{event.step:010d}.parquet"
-                write_table(path, _arrow(parts))
-                self.digests[path.name] = file_digest(path)
-                parts.clear()
-        state = self.cohort.path / f"state-{event.step:010d}.safetensors"
-        write_json(_parts(state), self.digests)  # apart from the state, whose bytes do not hang on when others were written
-        write_arrays(state, state_to_arrays(self.run, event.states), {})
-        self.step = event.step
-        self.close(event.states.diverged)
-
-    def close(self, diverged: AnyArray) -> None:
-        """Bring the folder in order after a checkpoint was written, now or just before the process was killed.
-
-        Of the states to resume from, the newest two stay; those that hold the last state of some run all do.
-        """
-        passing = [p for p in sorted(self.cohort.path.glob("state-*.safetensors")) if _step(p) not in self.stops]
-        finished = self.step == max(self.stops)
-        for path in passing if finished else passing[:-2]:
-            path.unlink()
-            _parts(path).unlink(missing_ok=True)
-        now = {self.lines[slot]["run"]: int(at) for slot, at in enumerate(diverged) if at >= 0}
-        if finished:
-            self._merge()
-        self._update_status(step=self.step, finished=finished, diverged=self.cohort.status()["diverged"] | now)
-        if finished:
-            self.cohort.tidy()
-
-    def _merge(self) -> None:
-        """One file for each table. The parts go only when the status says finished, so that no moment is without them."""
-        for table in TABLES:
-            (self.cohort.path / f"{table}.parquet").unlink(missing_ok=True)
-            parts = [pq.read_table(path) for path in self.cohort.parts(table)]
-            if parts:
-                write_table(self.cohort.path / f"{table}.parquet", pa.concat_tables(parts, promote_options="permissive").combine_chunks())
-
-    def _update_status(self, **changes: Any) -> None:
-        write_json(self.cohort.path / "status.json", self.cohort.status() | changes)
-
-
-def _arrow(parts: list[dict[str, np.ndarray]]) -> pa.Table:
-    """Rows as Arrow; NaN becomes null, and columns that some rows lack are null there."""
-
-    def column(name: str, values: np.ndarray) -> pa.Array:
-        if name in ("run", "split"):
-            return pa.array(values, pa.string())
-        if np.issubdtype(values.dtype, np.floating):
-            return pa.array(values.astype(np.float32), from_pandas=True)
-        return pa.array(values.astype(np.int64))
-
-    tables = [pa.table({name: column(name, values) for name, values in part.items()}) for part in parts]
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()

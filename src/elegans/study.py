@@ -21,9 +21,10 @@ from jaxtyping import Float
 from elegans import report, specs
 from elegans.errors import Invalid, StoreError
 from elegans.files import write_json
+from elegans.folder import Cohort
 from elegans.instruments.base import Instrument, ReplicaInstrument, measure, silent
 from elegans.sources import code_of, compare
-from elegans.store import Cohort, Store
+from elegans.store import Store
 from elegans.training.ahead import Ahead
 from elegans.training.checkpoint import arrays_to_state
 from elegans.training.cohort import Programs

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from elegans.folder import Cohort
 from elegans.instruments import Ablate, AttentionMaps, Circuit, Dynamics, Evaluate, Patch, Probe, ReplicaInstrument
 from elegans.instruments.base import silent
 from elegans.models.transformer import Transformer
 from elegans.specs import _KINDS, is_abstract
-from elegans.store import Cohort
 from elegans.tasks import Addition, Parity
 from elegans.tasks.sampling import prepare
 from elegans.training import Run

@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from elegans.errors import Invalid
+from elegans.folder import Cohort
 from elegans.instruments import Ablate, AttentionMaps, Circuit, Evaluate, Patch, Probe, measure
 from elegans.models.transformer import Transformer
-from elegans.store import Cohort, Store
+from elegans.store import Store
 from elegans.tasks import Addition, Parity
 from elegans.training import Run
 from elegans.training.cohort import resolve

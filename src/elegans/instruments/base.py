@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 from jaxtyping import Array, Float
 
 from elegans.errors import Invalid
+from elegans.folder import Cohort
 from elegans.randomness import Purpose, key_for
 from elegans.specs import Spec, field, identity, spec
-from elegans.store import Cohort, Store
+from elegans.store import Store
 from elegans.tasks.sampling import TaskData
 from elegans.training.cohort import resolve, share, stack
 from elegans.training.device import choose, memory_budget
