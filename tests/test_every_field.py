@@ -162,7 +162,8 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
         kind: at("task", {"vertices": [5], "graphs": [FOUR], "compat": ["paper"], "split": [None]}, on("task", kind(vertices=4)))
         for kind in (BreadthFirstSearch, DepthFirstSearch, ShortestPath, TopologicalSort, MinimumSpanningTree)
     },
-    Split: at("task.split", {"train": [0.7], "validation": [0.09], "key": [1]}, BASE, on("task", Addition(length=9))),
+    Split: at("task.split", {"train": [0.7], "validation": [0.09], "key": [1]}, BASE, on("task", Addition(length=9)))
+    | at("task.split", {"by": ["length"]}, on("task", Parity(length=5, shortest=2)), on("task", Parity(length=17, shortest=14))),
     Transformer: at(
         "model",
         {

@@ -24,6 +24,7 @@ from elegans.specs import find_kind, grid, kinds
 from elegans.store import Store
 from elegans.study import Work
 from elegans.tasks import Addition, Task
+from elegans.tasks.base import PARTS
 from elegans.training import Run
 from elegans.training.checkpoint import WEIGHTS, weights_to_arrays
 from elegans.training.cohort import CHUNK, Programs, resolve
@@ -89,6 +90,7 @@ def describe_task(kind: str, overrides: Mapping[str, Sequence[Any]], examples: i
         "floor": task.floor(),
         "plateau": task.plateau(),
         "contents": task.contents,
+        "parts": _parts(task),
         "truth": sorted(rows.truth),
         "examples": [
             {
@@ -102,12 +104,30 @@ def describe_task(kind: str, overrides: Mapping[str, Sequence[Any]], examples: i
     }
 
 
+def _parts(task: Task) -> list[dict[str, Any]] | None:
+    """Contents of each part of the split; None where the task cannot be split as it says, which a run of it refuses."""
+    try:
+        return task.part_sizes()
+    except Invalid:
+        return None
+
+
+def _part_lines(found: dict[str, Any]) -> list[str]:
+    """A line of text for every row of `parts`."""
+    lines = []
+    for row in found["parts"] or []:
+        of = " ".join([row.get("task", ""), "" if row["length"] is None else f"length {row['length']}"]).strip()
+        lines.append(f"contents{of and ' of '}{of}: {', '.join(f'{row[part]} {part}' for part in PARTS)}")
+    return lines
+
+
 def draw_task(found: dict[str, Any]) -> str:
     """The description as text: each example with its scored tokens and truth lined up under it."""
     nats = {k: "unknown" if found[k] is None else f"{found[k]:.4f} nats" for k in ("floor", "plateau")}
     lines = [
         f"{found['name']}  vocabulary {found['vocab_size']}: {' '.join(found['vocab'])}",
         f"{found['length']} tokens, {found['scored_tokens']:g} scored; floor {nats['floor']}, plateau {nats['plateau']} per scored token",
+        *_part_lines(found),
     ]
     for example in found["examples"]:
         cells = [found["vocab"][t] for t in example["tokens"]]

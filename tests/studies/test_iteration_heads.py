@@ -17,7 +17,7 @@ from elegans.loading import load_study
 from elegans.store import Store
 from elegans.studies import iteration_heads as ih
 from elegans.study import run_study, train
-from elegans.tasks import Split
+from elegans.tasks import BinaryCopy, Split
 from elegans.training import At
 from elegans.training.cohort import group
 from elegans.training.cost import parameters
@@ -55,11 +55,13 @@ def test_runs_and_structures_of_parts(name) -> None:
     assert all(r.label for r in study.runs) and ih.PARTS[name].__doc__.count("Cost:") == ih.PARTS[name].__doc__.count("Expect") == 1
 
 
-def test_no_part_of_a_split_is_empty() -> None:
-    """The smallest languages: of the shortest rows of either scale."""
+def test_every_length_has_contents_of_every_part() -> None:
+    """Of either scale; only of the two rows of one bit none is to select on."""
     for at in (ih.FULL, ih.SMALL):
-        for task in (ih.polynomial(at, min(at.lengths)), ih.parity(at, min(at.lengths))):
-            assert set(task.split_table().tolist()) == {0, 1, 2} if task.contents else task.split_table() == ()
+        for task in (ih.polynomial(at, min(at.lengths)), ih.parity(at, min(at.lengths)), ih.parity(at, 4, kind=BinaryCopy)):
+            rows = task.part_sizes()
+            assert [row["length"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 4
+            assert all(row["train"] and row["test"] and (row["validation"] or (task.size, row["length"]) == (2, 1)) for row in rows)
 
 
 def test_children_of_transfer_start_after_200_epochs_of_their_own_seed() -> None:

@@ -1,13 +1,31 @@
 """No content is ever in two parts, the parts have the sizes that were asked for, and only the split's key decides."""
 
+import itertools
 import math
+from collections import Counter
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles_iteration import row as oracle_row
 
-from elegans import Addition, Invalid, Parity, Run, Split, Transformer
+from elegans import (
+    Addition,
+    BinaryCopy,
+    Curriculum,
+    Invalid,
+    IterativeTask,
+    Mixture,
+    Parity,
+    Polynomial,
+    Run,
+    Split,
+    Transformer,
+    identity,
+)
+from elegans.specs import to_dict
 from elegans.tasks import sampling
 from elegans.tasks.base import PARTS
 from elegans.tasks.sampling import draw_set, prepare, train_batch
@@ -97,6 +115,120 @@ def test_every_content_of_a_small_space_reaches_its_own_part() -> None:
         found[part] = set(pair_of(np.asarray(drawn.tokens), 4).tolist())
     assert [len(found[p]) for p in PARTS] == np.bincount(data.table).tolist()
     assert len(set.union(*found.values())) == 136
+
+
+# ---- every length by itself
+
+
+def counted(task: IterativeTask) -> dict[int, list[int]]:
+    """Contents of each part by length: every input sequence of it is written out as a row, and asked for its part."""
+    values, table, found = range(task.low, task.size), prepare(task).table, {}
+    part = jax.jit(jax.vmap(lambda tokens: task.part(Example(tokens, jnp.ones(tokens.shape, bool)), table)))
+    for n in task.spans:
+        if len(values) ** n > 2000:
+            break
+        symbols = [oracle_row(task.kind, list(x), task.length, modulus=task.size).symbols for x in itertools.product(values, repeat=n)]
+        rows = np.array([[task.symbols.index(s) for s in row] for row in symbols])
+        found[n] = np.bincount(part(np.resize(rows, (2000, rows.shape[1])))[: len(rows)], minlength=3).tolist()
+    return found
+
+
+def promised(contents: int, split: Split) -> list[int]:
+    """The documented sizes, in fractions: shares of what is held out rounded, one content at least from three on; two: train and test."""
+    if contents < 3:
+        return [1, 0, contents - 1]
+    shares = [Fraction(str(split.validation)), 1 - Fraction(str(split.train)) - Fraction(str(split.validation))]
+    held_out = [max(1, round(share * contents)) for share in shares]
+    return [contents - sum(held_out), *held_out]
+
+
+BY_LENGTH = {
+    "exact up to 15": BinaryCopy(length=20, shortest=1, split=Split(0.7, 0.15, key=3, by="length")),
+    "exact up to 4": Polynomial(length=8, shortest=1, split=Split(by="length")),
+    "exact from 2 to 3": Polynomial(length=5, shortest=2, modulus=32, split=Split(0.5, 0.2, by="length")),
+}
+
+
+@pytest.mark.parametrize("task", BY_LENGTH.values(), ids=BY_LENGTH.keys())
+def test_every_length_is_cut_by_itself_in_the_promised_sizes(task) -> None:
+    expected = counted(task)
+    assert len(expected) > 1 or task.size == 32
+    for n, sizes in expected.items():
+        assert sizes == promised((task.size - task.low) ** n, task.split) and (sum(sizes) < 3 or min(sizes) > 0)
+    shown = {row["length"]: [row[part] for part in PARTS] for row in task.part_sizes()}
+    assert {n: shown[n] for n in expected} == expected
+    assert set(shown) == {n for n in task.spans if (task.size - task.low) ** n < 2**16}
+
+
+def test_of_few_contents_the_largest_part_gives_to_the_empty_ones() -> None:
+    for split in (Split(0.9, 0.05), Split(0.05, 0.9), Split(0.01, 0.5), Split(0.34, 0.33)):
+        for contents in range(1, 200):
+            sizes = split.sizes(contents).tolist()
+            assert sum(sizes) == contents and (min(sizes) > 0 if contents > 2 else sizes == [1, 0, contents - 1])
+            shares = np.array([split.train, split.validation, 1 - split.train - split.validation])
+            assert np.abs(sizes - shares * contents).max() <= 2 or contents < 3
+
+
+def test_without_the_option_all_lengths_are_cut_together_as_before() -> None:
+    """Bits of a cut, and ids, that were there before the option was."""
+    task = Parity(length=5, shortest=1, lengths="balanced", split=Split(0.7, 0.15))
+    assert counted(task) == {1: [2, 0, 0], 2: [2, 1, 1], 3: [7, 0, 1], 4: [13, 2, 1], 5: [19, 6, 7]}
+    assert [[row[part] for part in PARTS] for row in task.part_sizes()] == list(counted(task).values())
+    assert "by" not in to_dict(Split()) and identity(task) == "af283ee0d979"
+    assert np.array_equal(prepare(task).table, task.split.table(62)) and task.train_share == 0.7
+
+
+def test_a_length_has_the_same_cut_whatever_the_others_are() -> None:
+    """Nothing that one task trains on is held out by another of the same inputs, and lengths are cut independently of each other."""
+    split = Split(0.5, 0.25, by="length")
+    long, short = (prepare(Parity(length=n, shortest=m, split=split)).table for n, m in ((12, 1), (10, 4)))
+    assert np.array_equal(long[2**4 - 2 : 2**11 - 2], short)
+    ten, nine = (long[2**n - 2 : 2 ** (n + 1) - 2] == 0 for n in (10, 9))
+    assert abs((ten[:512] & nine).mean() - 0.25) < 0.08
+
+
+MIXED = (Parity(length=4, shortest=2, lengths="balanced"), Parity(length=6, shortest=3, lengths="balanced", cot=False))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Parity(length=8, shortest=2, lengths="balanced", split=Split(by="length")),
+        pytest.param(Mixture(tasks=MIXED, split=Split(by="length")), marks=pytest.mark.slow),
+        pytest.param(Curriculum(tasks=MIXED, split=Split(by="length"), keep=True), marks=pytest.mark.slow),
+    ],
+    ids=["alone", "mixture", "curriculum"],
+)
+def test_every_length_has_rows_of_its_own_in_every_part(task) -> None:
+    """Drawn rows: no content in two parts; held out are lengths equally often, in all the contents that part has."""
+    data, goal = prepare(task), getattr(task, "tasks", (task,))[-1]
+    draws = lambda key: [train_batch(task, key, 400, 0, 1.0, data), *(draw_set(task, part, key, 400, data) for part in PARTS[1:])]  # noqa: E731
+    found = []
+    for rows in jax.jit(draws)(jax.random.key(0)):
+        assert np.asarray(rows.scored).any(1).all()
+        found.append([tuple(t[: t.index(":")]) for t in ([task.symbols[i] for i in row] for row in np.asarray(rows.tokens))])
+    train, validation, test = map(set, found)
+    assert not train & validation and not train & test and not validation & test
+    for part, drawn in (("validation", found[1]), ("test", found[2])):
+        held = Counter(len(x) - 1 for x in set(drawn))
+        assert held == {n: m for n in range(1, 9) if n in held and (m := promised(2**n, Split())[PARTS.index(part)])}
+        assert set(goal.spans) <= set(held)
+    if goal is task:
+        assert set(Counter(len(x) for x in found[2]).values()) == {400 // 7, 400 // 7 + 1}
+
+
+def test_fresh_rows_are_enough_where_short_lengths_are_seldom_for_training() -> None:
+    """The share of drawn rows that may be trained on is the mean over lengths: less than the split's."""
+    task = Parity(length=3, shortest=1, split=Split(by="length"))
+    data = prepare(task)
+    drawn = jax.jit(jax.vmap(lambda key: task.part(task.sample(key, ()), data.table)))(jax.random.split(jax.random.key(0), 4000))
+    assert math.isclose(task.train_share, (1 / 2 + 2 / 4 + 6 / 8) / 3) and abs((drawn == 0).mean() - task.train_share) < 0.04
+
+
+def test_a_task_without_lengths_is_not_cut_by_them() -> None:
+    for task in (Addition(length=4, split=Split(by="length")), Mixture(tasks=(Addition(length=4), Parity()), split=Split(by="length"))):
+        with pytest.raises(Invalid, match=r"^split\.by: .*length.* is not allowed; allowed: none, since addition knows no lengths"):
+            prepare(task)
 
 
 # ---- shares, keys and seeds

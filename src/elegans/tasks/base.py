@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -23,11 +24,17 @@ PARTS = ("train", "validation", "test")
 
 @spec
 class Split(Spec):
-    """Which contents are for training, validation and test: decided by a keyed hash of the content itself."""
+    """Which contents are for training, validation and test: decided by a keyed hash of the content itself.
+
+    Small spaces are cut in exact shares. With `by="length"` every length of row that has fewer than 2**16 contents is cut
+    by itself, whatever the other lengths are (longer ones by the hash, in its shares), so that none is without test rows by chance:
+    of 3 contents or more each part has at least one; of 2 one is for training and one for test; one alone is for training.
+    """
 
     train: float = structure(0.9, "share of contents to train on", gt=0, lt=1)
     validation: float = structure(0.05, "share of contents to select on", gt=0, lt=1)
     key: int = field(0, "another key cuts the same contents otherwise", ge=0)
+    by: Literal["length"] | None = field(None, "length: every length of row is cut by itself; none: all together")
 
     def check(self) -> None:
         if self.train + self.validation >= 1:
@@ -38,7 +45,7 @@ class Split(Spec):
         first, second = (np.uint32(min(int(share * 2**32), 2**32 - 1)) for share in (self.train, self.train + self.validation))
         return (hashes >= first).astype(np.int32) + (hashes >= second).astype(np.int32)
 
-    def table(self, contents: int) -> np.ndarray:
+    def table(self, contents: int) -> Int[np.ndarray, " content"]:
         """Part of each of `contents` ranked contents, in exact shares. Raises `Invalid` if a part is empty."""
         sizes = np.array([round(self.train * contents), round(self.validation * contents)])
         sizes = np.append(sizes, contents - sizes.sum())
@@ -46,11 +53,39 @@ class Split(Spec):
             raise Invalid(
                 "split", f"{contents} contents", f"{PARTS[int(sizes.argmin())]} would be empty: lengthen the task or say split=none"
             )
+        return _dealt(self._hashes(np.arange(contents)[:, None]), sizes)
+
+    def tables(self, contents: Mapping[int, int]) -> Int[np.ndarray, " content"]:
+        """Part of each ranked content of every length, from the contents of each: length after length, each cut by itself."""
+        words = [np.stack([np.arange(many), np.full(many, length)], 1) for length, many in contents.items()]
+        hashes = np.split(self._hashes(np.concatenate(words)), np.cumsum(list(contents.values()))[:-1])
+        return np.concatenate([_dealt(own, self.sizes(len(own))) for own in hashes])
+
+    def sizes(self, contents: int) -> Int[np.ndarray, "3"]:
+        """Contents of each part of a length that is cut by itself: validation and test rounded, the rest for training."""
+        if contents < 3:
+            return np.array([1, 0, contents - 1])
+        held_out = [round(share * contents) for share in (self.validation, 1 - self.train - self.validation)]
+        sizes = np.array([contents - sum(held_out), *held_out])
+        for part in np.flatnonzero(sizes == 0):
+            sizes[[sizes.argmax(), part]] += (-1, 1)
+        return sizes
+
+    def _hashes(self, words: Int[np.ndarray, "content words"]) -> UInt32[np.ndarray, " content"]:
         with jax.ensure_compile_time_eval():
-            hashes = np.asarray(keyed_hash(jax.numpy.arange(contents)[:, None], self.key))
-        parts = np.empty(contents, np.int32)
-        parts[np.argsort(hashes, kind="stable")] = np.repeat(np.arange(3), sizes)
-        return parts
+            return np.asarray(keyed_hash(jax.numpy.asarray(words), self.key))
+
+
+def _dealt(hashes: UInt32[np.ndarray, " content"], sizes: Int[np.ndarray, "3"]) -> Int[np.ndarray, " content"]:
+    """Parts of these sizes, in the order of the hashes."""
+    parts = np.empty(len(hashes), np.int32)
+    parts[np.argsort(hashes, kind="stable")] = np.repeat(np.arange(3), sizes)
+    return parts
+
+
+def named_sizes(parts: Int[np.ndarray, " content"]) -> dict[str, int]:
+    """How many contents are of each part, by its name."""
+    return dict(zip(PARTS, np.bincount(parts, minlength=3).tolist(), strict=True))
 
 
 @spec
@@ -155,9 +190,20 @@ class Task(Spec):
 
     def split_table(self) -> Any:
         """The part of each content, where the space is small enough to be cut exactly."""
+        if self.split is not None and self.split.by is not None:
+            raise Invalid("split.by", self.split.by, f"allowed: none, since {self.kind} knows no lengths of rows")
         if self.split is None or self.contents is None:
             return ()
         return self.split.table(self.contents)
+
+    def part_sizes(self) -> list[dict[str, Any]]:
+        """How many distinct contents each part has: `train`, `validation` and `test` of each `length`, none where the task
+        has one length. Lengths of 2**16 contents or more are left out: the hash cuts them in about the split's shares.
+
+        Raises `Invalid` where a part would be empty.
+        """
+        table = self.split_table()
+        return [{"length": None} | named_sizes(table)] if len(table) else []
 
     def part(self, example: Example, table: Any) -> Int[Array, ""]:
         """The part (0 train, 1 validation, 2 test) that one example belongs to."""

@@ -147,6 +147,10 @@ class Several(Task):
     def split_table(self) -> Any:
         return tuple(judge.split_table() for judge in self._judges)
 
+    def part_sizes(self) -> list[dict[str, Any]]:
+        """Of every `task`; where tasks of one kind are cut together, of all their lengths."""
+        return [{"task": name} | row for name, judge in zip(self.names, self._judges, strict=True) for row in judge.part_sizes()]
+
     def part(self, example: Example, table: Any) -> Int[Array, ""]:
         """What the row's task says, of the row in its own symbols."""
         found = []

@@ -42,13 +42,18 @@ SMALL = Scale(5, 6, 32, 64, 3e-3, 4, 10, 1, (4, 6), (16, 32), examples=256, smal
 
 
 def polynomial(at: Scale, length: int | None = None, cot: bool = True) -> Polynomial:
-    """Polynomial iteration of 1 to `length` inputs, every length equally often."""
-    return Polynomial(modulus=at.modulus, length=length or at.length, shortest=1, lengths="balanced", cot=cot)
+    """Polynomial iteration of 1 to `length` inputs, every length equally often and cut by itself, so that each has test rows.
+
+    The cut is the task's and the same for every seed: intervals over seeds are for one split. Another is `task.split.key=1`
+    (of a mixture `task.tasks` says it, of a child also its parent), a structure and a table of its own.
+    """
+    return Polynomial(modulus=at.modulus, length=length or at.length, shortest=1, lengths="balanced", cot=cot, split=Split(by="length"))
 
 
 def parity(at: Scale, length: int | None = None, cot: bool = True, kind: type[Parity | BinaryCopy] = Parity) -> Parity | BinaryCopy:
-    """Parity, or binary copy, likewise. More is held out, since short rows are few: 62 of up to 5 bits."""
-    return kind(length=length or at.length, shortest=1, lengths="balanced", cot=cot, split=Split(train=0.7, validation=0.15))
+    """Parity, or binary copy, likewise. More is held out, since short rows are few: 62 of up to 5 bits, and of 1 bit one to test on."""
+    split = Split(train=0.7, validation=0.15, by="length")
+    return kind(length=length or at.length, shortest=1, lengths="balanced", cot=cot, split=split)
 
 
 def model(d_model: int, layers: int = 2, heads: int = 1, position: Positions | None = LEARNED) -> Transformer:
