@@ -1,10 +1,13 @@
 """The grid of the study: how many runs, how long."""
 
+import numpy as np
 import pytest
 
 from elegans import Addition, Invalid, Multiplication, replace
+from elegans.loading import load_study
+from elegans.store import Store
 from elegans.studies import quiet_features
-from elegans.study import Study
+from elegans.study import Study, run_study
 
 
 def test_configurations_and_steps_of_addition_and_multiplication() -> None:
@@ -50,3 +53,28 @@ def test_overriding_the_task_leaves_the_grid_of_that_task() -> None:
     assert {run.id for run in both.override({"task": [Addition(length=16)]}).runs} == {run.id for run in addition}
     with pytest.raises(Invalid, match="none of study is left"):
         Study(addition, keep=quiet_features.belongs).override({"flops": [2e15]})
+
+
+@pytest.mark.slow
+def test_the_small_study_shows_its_effects_against_their_controls(tmp_path) -> None:
+    """Networks that learn 8-bit addition: the carry's probe beats shuffled labels and the untrained network and is half-way up before
+    the loss is half-way down; without its directions more rows are wrong than without random ones or those of shuffled labels."""
+    study = load_study("quiet_features", True)
+    run_study(study, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    learned = store.sql("select run from metrics where split = 'test' and exact_match > 0.9")["run"].to_pylist()
+    assert len(learned) >= 3
+    ours = "run in (" + ", ".join(f"'{run}'" for run in learned) + ")"
+    (known,) = store.sql(f"""select min(accuracy) low, max(control) control, max(untrained) untrained from (
+select run, avg(accuracy) accuracy, avg(control) control, avg(untrained) untrained from probe p
+where feature = 'carry' and {ours} and site = 'resid.1' and step = (select max(step) from probe) group by run)""").to_pylist()
+    assert known["low"] > max(known["control"], known["untrained"]) + 0.1
+    leads = store.sql(f"select lead from transition where feature = 'carry' and {ours}")["lead"].to_pylist()
+    assert len(leads) == len(learned) and np.mean(leads) > 0
+    left = {
+        row["direction"]: row["y"]
+        for row in store.sql(
+            f"select direction, avg(exact_match) y from ablate where feature = 'carry' and {ours} group by all"
+        ).to_pylist()
+    }
+    assert left["feature"] < min(left["random"], left["matched"], left["labels"]) - 0.05
