@@ -14,7 +14,7 @@ from elegans.errors import Invalid
 from elegans.randomness import keyed_hash
 from elegans.specs import Spec, field, spec, structure
 from elegans.tasks import counting
-from elegans.types import Example
+from elegans.types import AnyArray, Example
 
 SMALL_SPACE = 2**16  # spaces with fewer contents are ranked and cut exactly
 PATIENCE = 64  # redraws after which a held-out example may differ in what a set keeps fixed (its length, its task)
@@ -33,7 +33,7 @@ class Split(Spec):
         if self.train + self.validation >= 1:
             raise Invalid("validation", self.validation, f"with train={self.train:g} nothing is left for test")
 
-    def cut(self, hashes: UInt32[Array, "..."]) -> Int[Array, "..."]:
+    def cut(self, hashes: UInt32[AnyArray, "..."]) -> Int[AnyArray, "..."]:
         """Part numbers (0 train, 1 validation, 2 test) of 32-bit hashes."""
         first, second = (np.uint32(min(int(share * 2**32), 2**32 - 1)) for share in (self.train, self.train + self.validation))
         return (hashes >= first).astype(np.int32) + (hashes >= second).astype(np.int32)
@@ -46,8 +46,7 @@ class Split(Spec):
             raise Invalid(
                 "split", f"{contents} contents", f"{PARTS[int(sizes.argmin())]} would be empty: lengthen the task or say split=none"
             )
-        with jax.ensure_compile_time_eval():
-            hashes = np.asarray(keyed_hash(jax.numpy.arange(contents)[:, None], self.key))
+        hashes = keyed_hash(np.arange(contents)[:, None], self.key)
         parts = np.empty(contents, np.int32)
         parts[np.argsort(hashes, kind="stable")] = np.repeat(np.arange(3), sizes)
         return parts
@@ -165,4 +164,4 @@ class Task(Spec):
         assert self.split is not None
         if self.contents is not None:
             return jax.numpy.asarray(table)[content[0]]
-        return self.split.cut(keyed_hash(content, self.split.key))
+        return jax.numpy.asarray(self.split.cut(keyed_hash(content, self.split.key)))
