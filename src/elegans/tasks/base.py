@@ -46,7 +46,8 @@ class Split(Spec):
             raise Invalid(
                 "split", f"{contents} contents", f"{PARTS[int(sizes.argmin())]} would be empty: lengthen the task or say split=none"
             )
-        hashes = keyed_hash(np.arange(contents)[:, None], self.key)
+        with jax.ensure_compile_time_eval():
+            hashes = np.asarray(keyed_hash(jax.numpy.arange(contents)[:, None], self.key))
         parts = np.empty(contents, np.int32)
         parts[np.argsort(hashes, kind="stable")] = np.repeat(np.arange(3), sizes)
         return parts

@@ -283,7 +283,7 @@ class GraphTask(Task):
         return words if self.contents is None else jnp.asarray(_ranks(n))[words]
 
     def split_table(self) -> Any:
-        """Raises `Invalid`, compiling nothing, where the graphs of a file, however named, leave a part of the split empty.
+        """Raises `Invalid` where the graphs of a file, however named, leave a part of the split empty.
 
         Beyond 2**16 labelled graphs nobody looks: a part that has none of so many is asked for nearly nothing.
         """

@@ -249,7 +249,7 @@ class Programs:
         """Scores of some replicas, each on its own held-out examples of a part. Raises `Invalid` where a set could not be drawn."""
         if self._rows is None:
             self._rows = self._program("held_out", self.runs, self.task)(self.runs, self.task)
-            _check_scored(self._rows)
+            check_scored(self._rows)
         size, made = self.few.replicas, []
         for first in range(0, len(slots), size):
             here = slots[first : first + size]
@@ -264,7 +264,8 @@ class Programs:
         return each * len(self.spread.devices)  # they are cores of one CPU, or one device
 
 
-def _check_scored(rows: HeldOut) -> None:
+def check_scored(rows: HeldOut) -> None:
+    """Raises `Invalid` where some run's set, of arrays [run, row, position], has no scored token."""
     for part, drawn in rows._asdict().items():
         if not np.asarray(drawn.scored).any((1, 2)).all():
             raise Invalid("split", part, "no example of this part was found: lengthen the task, or say split=none")
