@@ -87,6 +87,16 @@ def test_bad_words(words, said, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_file_of_one_graph(tmp_path):
+    """A complete graph is the same under all names: nothing is left to validate and test on."""
+    (tmp_path / "one.g6").write_bytes(bytes([63 + 7, *[63 + 63] * 3, 63 + 0b111000]))
+    task = f"{{kind: breadth_first_search, vertices: 7, graphs: {tmp_path / 'one.g6'}}}"
+    (tmp_path / "bad.yaml").write_text(GOOD.replace("{kind: addition, length: 4}", task))
+    answer = elegans("run", tmp_path / "bad.yaml", "--store", tmp_path / "store", "--memory", "4GiB")
+    assert_refused(answer, "split", "1 labelled graphs", "would be empty")
+    assert not (tmp_path / "store").exists()
+
+
 def test_unknown_study():
     assert_refused(elegans("run", "cary"), "study", "cary", "carry")
 

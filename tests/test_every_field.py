@@ -159,7 +159,11 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
     ),
     **{kind: at("task", {"length": [6], "split": [None, Split(0.8, 0.1)]}, on("task", kind(length=4))) for kind in SIZED},
     **{
-        kind: at("task", {"vertices": [5], "graphs": [FOUR], "compat": ["paper"], "split": [None]}, on("task", kind(vertices=4)))
+        kind: at(
+            "task",
+            {"vertices": [5], "graphs": [FOUR], "compat": ["paper"], "split": [None]},
+            on("task", kind(vertices=4, split=Split(0.5, 0.25))),
+        )
         for kind in (BreadthFirstSearch, DepthFirstSearch, ShortestPath, TopologicalSort, MinimumSpanningTree)
     },
     Split: at("task.split", {"train": [0.7], "validation": [0.09], "key": [1]}, BASE, on("task", Addition(length=9)))

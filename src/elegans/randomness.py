@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
+from elegans.types import AnyArray
+
 
 class Purpose(enum.IntEnum):
     """What a key is for. Numbers are part of the numerics: never reuse or renumber them."""
@@ -32,7 +34,7 @@ def key_for(seed: Any, purpose: Purpose, step: Any = 0) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), int(purpose)), step)
 
 
-def mix(h: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def mix(h: UInt32[AnyArray, "..."]) -> UInt32[AnyArray, "..."]:
     """A bijection of 32-bit words with full avalanche (the finaliser of MurmurHash3, A. Appleby)."""
     h = h ^ (h >> 16)
     h = h * np.uint32(0x85EBCA6B)
@@ -41,10 +43,13 @@ def mix(h: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     return h ^ (h >> 16)
 
 
-def keyed_hash(words: Int[Array, "... words"], key: int) -> UInt32[Array, "..."]:
-    """32 bits per row of words, keyed: each word is mixed into a running state seeded by the key."""
-    words = words.astype(jnp.uint32)
-    state = jnp.full(words.shape[:-1], np.uint32(stable_hash(f"split {key}") & 0xFFFFFFFF))
+def keyed_hash(words: Int[AnyArray, "... words"], key: int) -> UInt32[AnyArray, "..."]:
+    """32 bits per row of words, keyed: each word is mixed into a running state seeded by the key.
+
+    Arrays of numpy are hashed on the host, to the same bits.
+    """
+    words = words.astype(np.uint32)
+    state: Any = np.uint32(stable_hash(f"split {key}") & 0xFFFFFFFF)
     for i in range(words.shape[-1]):
         state = mix(state ^ mix(words[..., i] + np.uint32((0x9E3779B9 * (i + 1)) & 0xFFFFFFFF)))
     return state

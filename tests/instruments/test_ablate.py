@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import elegans as el
 from elegans.errors import Invalid
-from elegans.instruments.ablate import Ablate, Removal, measured, orthonormal, summary
-from elegans.instruments.probe import reads, vectors
+from elegans.instruments.ablate import SAME, Ablate, Removal, best, measured, orthonormal, summary
+from elegans.instruments.probe import fit, meeting, reads, vectors
 from elegans.models.handmade import DIRECTIONS, adder
 from elegans.randomness import Purpose, key_for
-from elegans.tasks import Addition
+from elegans.tasks import Addition, MajorityOfMajority, Mixture
 from elegans.tasks.sampling import draw_set, prepare
 from elegans.training import Run
+from elegans.training.cohort import resolve
 
 METHODS = ("projection", "mean", "resample")
 
@@ -87,7 +89,7 @@ def replaced():
     def measure(feature, coordinate, target, resample, shift, lends):
         rows = draw_set(task, "test", jax.random.key(0), 64, prepare(task))
         unit = jnp.zeros((8, model.d_model, 1)).at[:, coordinate].set(1)
-        removal = Removal(jnp.zeros(8, int), unit, unit, jnp.full((8, 1), target), resample)
+        removal = Removal(jnp.zeros(8, int), unit, unit, jnp.full((8, 1), target), resample, unit)
         rolled = jax.tree.map(lambda a: jnp.roll(a, shift, 0), rows)
         donors = reads(run, vectors(run, params, rolled, sites), rolled, feature)
         donors = donors._replace(counted=donors.counted * lends)
@@ -136,3 +138,107 @@ def test_a_method_is_asked_for_once():
             Ablate(methods=methods)
     with pytest.raises(Invalid, match=r"projection.*mean.*resample"):
         Ablate(methods=("zero",))
+
+
+READS, WIDTH = 4, 9
+TOGETHER = {
+    "all": [2, 2, 2, 2],
+    "two and two": [3, 1, 3, 1],
+    "none": [0, 1, 2, 3],
+    "some not there": [2, -1, 2, -1],
+    "a pair": [0, 4, 4, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def rows_edited():
+    """Rows before and after removals from correlated directions, one row for each way in which reads share positions; and directions.
+
+    By one's own directions, by a step along others, and by fewer dimensions than directions: two reads have one direction.
+    """
+    rng = np.random.default_rng(1)
+    w, u = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (rng.normal(size=(2, READS, WIDTH, 1)) + 0.5).astype(np.float32))
+    repeated = w.copy()
+    repeated[1] = w[0]
+    target, x = rng.normal(size=(READS, 1)).astype(np.float32), rng.normal(size=(5, WIDTH)).astype(np.float32)
+    places, layer = jnp.array(list(TOGETHER.values())), jnp.array([0, 0, 0, 0])
+
+    @jax.jit
+    def edited(w, u, target, own):
+        removal = Removal(layer, w, u, target, jnp.int32(0), own)
+        return jax.vmap(lambda positions: removal.joined(positions).edit(("resid.1",), positions)("resid.1", x))(places)
+
+    cases = (w, w, target, w), (w, u, target, w), (u, u, 0 * target, repeated)
+    own, step, fewer = (dict(zip(TOGETHER, np.asarray(edited(*case)), strict=True)) for case in cases)
+    return {"x": x, "w": w[..., 0], "u": u[..., 0], "target": target[:, 0], "own": own, "step": step, "fewer": fewer}
+
+
+@pytest.mark.parametrize("way", TOGETHER)
+def test_correlated_directions_at_one_position_are_removed_together(rows_edited, way):
+    """Every component has its target; what is orthogonal to all directions of a position, and every other position, stays."""
+    x, w, places = rows_edited["x"], rows_edited["w"], np.array(TOGETHER[way])
+    for position in range(5):
+        here, moved = places == position, rows_edited["own"][way][position]
+        np.testing.assert_allclose(w[here] @ moved, rows_edited["target"][here], atol=1e-4)
+        outside = np.eye(WIDTH) - np.linalg.pinv(w[here]) @ w[here]
+        np.testing.assert_allclose(outside @ moved, outside @ x[position], atol=1e-4)
+
+
+@pytest.mark.parametrize("way", TOGETHER)
+def test_controls_of_one_position_are_drawn_together(rows_edited, way):
+    """A matched step is as long as the feature's own, and along the span of the random directions; as many of these are
+    removed as the feature has dimensions."""
+    x, u, places = rows_edited["x"], rows_edited["u"], np.array(TOGETHER[way])
+    for position in range(5):
+        here = places == position
+        own, step = (rows_edited[name][way][position] - x[position] for name in ("own", "step"))
+        assert np.linalg.norm(step) == pytest.approx(np.linalg.norm(own), abs=1e-4)
+        np.testing.assert_allclose(np.linalg.pinv(u[here]) @ u[here] @ step, step, atol=1e-4)
+        kept = rows_edited["fewer"][way][position]
+        assert np.linalg.norm(kept) <= np.linalg.norm(x[position]) + 1e-5
+        if here[:2].all():  # reads that have one direction stand together
+            assert np.linalg.norm(u[here] @ kept) > 1e-3
+
+
+def test_reads_apart_are_edited_as_they_were(rows_edited):
+    x, w, target = (rows_edited[name] for name in ("x", "w", "target"))
+    expected = x.copy()
+    for read in range(READS):
+        expected[read] -= w[read] * (w[read] @ x[read] - target[read])
+    np.testing.assert_allclose(rows_edited["own"]["none"], expected, atol=1e-5)
+
+
+def test_which_reads_meet_is_known_also_where_leaves_are_traced():
+    mixed = Mixture(tasks=(MajorityOfMajority(length=4),), weights=(1.0,))
+    run = Run(mixed, el.Transformer(layers=1, d_model=8, heads=2), steps=1)
+    seen = []
+    jax.eval_shape(lambda run: seen.append(meeting(run, ("group_sum", "group_bit", "running_count"))), resolve(run))
+    assert seen == [{"group_sum", "group_bit"}]
+
+
+def test_a_feature_read_at_one_position_is_ablated_as_one():
+    """Four votes read at `=`: after a projection every probe is undecided there, along each combination of their directions
+    that is not too short to count."""
+    task = MajorityOfMajority(length=4)
+    run = Run(task, el.Transformer(layers=1, d_model=8, heads=2), steps=1)
+    params = run.model.init(jax.random.key(1), task.vocab_size, task.positions)
+    sites = ("resid.0",)
+
+    @jax.jit
+    def components():
+        rows = draw_set(task, "validation", jax.random.key(0), 64, prepare(task))
+        found = reads(run, vectors(run, params, rows, sites), rows, "group_bit")
+        true = best(fit(found, 100.0), found)
+        removal = Removal(true.layer, true.basis, true.basis, true.plane, jnp.int32(0), true.basis)
+
+        def left(tokens, positions):
+            edit = removal.joined(positions).edit(sites, positions)
+            x = run.model.apply(params, tokens[:-1], edit=edit)[1][sites[0]][positions[0]]
+            return true.basis[..., 0] @ x - true.plane[:, 0]
+
+        return true.basis[..., 0], jax.vmap(left, axis_name="batch")(rows.tokens, rows.truth["group_bit"].positions)
+
+    directions, left = map(np.asarray, components())
+    size, turn = np.linalg.eigh(directions @ directions.T)
+    assert (size > SAME).sum() >= 2 and np.abs(np.triu(directions @ directions.T, 1)).max() > 0.1  # correlated
+    np.testing.assert_allclose(left @ turn[:, size > SAME], 0, atol=1e-3)

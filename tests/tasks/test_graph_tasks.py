@@ -1,5 +1,6 @@
 """Tasks on graphs: the law of the graphs, the shape of the rows, answers and truth by networkx, files of graphs."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -23,7 +24,9 @@ from elegans import (
     ShortestPath,
     TopologicalSort,
 )
+from elegans.randomness import keyed_hash
 from elegans.tasks import counting, graph6, graphs
+from elegans.tasks.base import Split
 from elegans.types import Example
 
 EQUALS, END = 26, 27
@@ -396,3 +399,33 @@ def test_more_vertices_than_symbols_are_refused() -> None:
     for vertices in (1, 27):
         with pytest.raises(Invalid, match=r"^vertices: "):
             BreadthFirstSearch(vertices=vertices)
+
+
+def test_every_renaming_of_a_file_is_found_once() -> None:
+    """By the orbit's size, n! over the number of automorphisms."""
+    for graph, count in ((nx.complete_graph(6), 1), (nx.star_graph(5), 6), (nx.cycle_graph(6), 60), (nx.path_graph(6), 360)):
+        bits = graph6.decode([nx.to_graph6_bytes(graph, header=False).strip()], 6)
+        found = np.concatenate(list(graph6.renamed(np.repeat(bits, 2, 0), 6)))
+        assert len(found) == len({row.tobytes() for row in found}) == count
+
+
+@pytest.mark.parametrize("vertices", [5, 11])
+def test_a_file_that_leaves_a_part_empty_is_refused(vertices, tmp_path) -> None:
+    """All names of a complete graph give one graph. A star has one for each vertex: refused where no drawn row is of some part."""
+    alone = BreadthFirstSearch(vertices=vertices, graphs=write(tmp_path, nx.complete_graph(vertices)))
+    with pytest.raises(Invalid, match=r"^split: '1 labelled graphs.*would be empty"):
+        alone.split_table()
+    assert dataclasses.replace(alone, split=None).split_table() == ()
+    star = BreadthFirstSearch(vertices=vertices, graphs=write(tmp_path, nx.star_graph(vertices - 1)))
+    contents = drawn_with_content(star)[1]
+    refused = []
+    for key in range(12):
+        split = Split(0.4, 0.3, key)
+        task = dataclasses.replace(star, split=split)
+        drawn = split.table(task.contents)[contents[:, 0]] if task.contents else split.cut(keyed_hash(contents, key))
+        try:
+            task.split_table()
+        except Invalid:
+            refused.append(key)
+        assert (key in refused) == (len(set(drawn.tolist())) < 3)
+    assert vertices == 11 or 0 < len(refused) < 12

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from elegans import AdamW, Addition, Attention, Cosine, Invalid, Run, Split, Transformer, field, grid, replace, spec, varies
-from elegans.training.cohort import CHUNK, Programs, group, resolve, share, stack
+from elegans.training.cohort import CHUNK, HeldOut, Programs, check_scored, evaluate, group, resolve, share, stack
 from elegans.training.planner import plan
-from elegans.training.step import draw_batch, draw_data
+from elegans.training.step import draw_batch, draw_data, start
+from elegans.types import Example
 from helpers import as_arrays
 
 STEPS = 20
@@ -271,3 +272,16 @@ def test_deciding_by_a_leaf_is_an_error_of_one_line_that_names_the_field(way, le
     with pytest.raises(Invalid, match=rf"^model\.attention\.{leaf}: .*branched on") as caught:
         plan([run], MEMORY)
     assert "\n" not in str(caught.value)
+
+
+def test_a_held_out_set_of_nothing_is_refused_and_scores_nothing():
+    """No metric is 0 that nobody measured."""
+    run = resolve(tiny())
+    nothing = Example(np.zeros((4, run.task.positions), np.int32), np.zeros((4, run.task.positions), bool))
+    vector = jax.jit(lambda: start(run).params)()
+    assert all(np.isnan(scores).all() for scores in jax.jit(lambda: evaluate(run, vector, nothing))())
+    some = dataclasses.replace(nothing, scored=~nothing.scored)
+    sets = HeldOut(*(jax.tree.map(lambda *a: np.stack(a), some, rows) for rows in (some, nothing)))  # two runs; the second has no test rows
+    with pytest.raises(Invalid, match=r"^split: 'test' "):
+        check_scored(sets)
+    check_scored(sets._replace(test=sets.validation))

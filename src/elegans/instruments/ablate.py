@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from elegans.errors import Invalid
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
 from elegans.instruments.linear import Probes, mean_of
-from elegans.instruments.probe import Reads, features_of, fit, halves, reads, sites_of, vectors, with_random_labels
+from elegans.instruments.probe import Reads, features_of, fit, halves, meeting, reads, sites_of, vectors, with_random_labels
 from elegans.specs import field, spec
 from elegans.tasks.sampling import TaskData, draw_set
 from elegans.training.run import Run
@@ -28,7 +28,7 @@ class Ablate(ReplicaInstrument):
 
     For every read, the site of `family` whose probes have the lowest training loss is chosen; there, in every forward
     pass, the component of x in the span of the feature's probe directions (one, or as many as there are labels or
-    classes, made orthonormal) is replaced, by `method`:
+    classes, made orthonormal; those of reads at one position and site together) is replaced, by `method`:
       projection  by the point where every probe is undecided, for one probe x <- x - (w.x + b) w with unit w
                   (a number: where it predicts the mean)
       mean        by its mean over the examples that the probes were fitted to (a number: the same as projection)
@@ -66,24 +66,26 @@ class Ablate(ReplicaInstrument):
             shift = jax.random.randint(keys[2], (), 1, self.test)  # rows are independent: any other one is a random one
             rolled = jax.tree.map(lambda a: jnp.roll(a, shift, 0), test)
             other = rolled, vectors(run, params, rolled, sites)
-        made = {}
-        for i, name in enumerate(features_of(run, self.features)):
+        made, names = {}, features_of(run, self.features)
+        joint = meeting(run, names)
+        for i, name in enumerate(names):
             donors = other and reads(run, other[1], other[0], name)
-            made[name] = self._feature(run, params, reads(run, seen, train, name), donors, test, name, jax.random.fold_in(key, i))
+            removals, for_bounds = self._planned(reads(run, seen, train, name), jax.random.fold_in(key, i))
+            rows = jax.lax.map(lambda r, n=name, d=donors: measured(run, params, test, n, sites, r, d, n in joint), removals)
+            made[name] = self._summary(rows, for_bounds)
         return made
 
-    def _feature(
-        self, run: Run, params: Any, r: Reads, donors: Reads | None, test: Example, name: str, key: jax.Array
-    ) -> dict[str, Float[Array, "method direction"]]:
+    def _planned(self, r: Reads, key: jax.Array) -> tuple[Removal, jax.Array]:
+        """No removal, then all of each method, stacked; and a key for what follows."""
         for_labels, for_random, for_bounds = jax.random.split(key, 3)
         both = with_random_labels(for_labels, r)
         true, wrong = (best(p, r._replace(y=y)) for p, y in zip(halves(fit(both, self.c)), halves(both.y), strict=True))
-        nothing = Removal(true.layer, *(jnp.zeros_like(a) for a in (true.basis, true.basis, true.plane, true.layer[0])))
+        nothing = Removal(true.layer, *(jnp.zeros_like(a) for a in (true.basis, true.basis, true.plane, true.layer[0], true.basis)))
         removals = [nothing] + [removal for method in self.methods for removal in self._removals(method, true, wrong, for_random)]
-        stacked = jax.tree.map(lambda *v: jnp.stack(v), *removals)
-        sites = sites_of(run, (self.family,))
-        rows = jax.lax.map(lambda removal: measured(run, params, test, name, sites, removal, donors), stacked)
-        found = summary(rows, for_bounds)
+        return jax.tree.map(lambda *v: jnp.stack(v), *removals), for_bounds
+
+    def _summary(self, rows: dict[str, Float[Array, "removal row"]], key: jax.Array) -> dict[str, Float[Array, "method direction"]]:
+        found = summary(rows, key)
         base = {f"base_{k}": jnp.broadcast_to(found[k][0], found[k][1:].shape) for k in ("loss", "exact_match", "accuracy")}
         shape = len(self.methods), len(self._directions())
         return {k: v.reshape(shape) for k, v in ({k: v[1:] for k, v in found.items()} | base).items()}
@@ -97,7 +99,7 @@ class Ablate(ReplicaInstrument):
 
         def removal(found: Found, w: Array, u: Array, plane: Array) -> Removal:
             target = plane if method == "projection" else jnp.einsum("rd,rdm->rm", found.mean, w, precision="highest")
-            return Removal(found.layer, w, u, target, jnp.asarray(method == "resample", found.layer.dtype))
+            return Removal(found.layer, w, u, target, jnp.asarray(method == "resample", found.layer.dtype), found.basis)
 
         made = [removal(true, own, own, true.plane)]
         made += [removal(true, u, u, jnp.zeros_like(true.plane)) for u in random]
@@ -131,13 +133,30 @@ class Removal(NamedTuple):
     u: Float[Array, "read d_model dim"]
     target: Float[Array, "*row read dim"]
     resample: Int[Array, ""]  # 1: the target is the component of another example, where it has one
+    own: Float[Array, "read d_model dim"]  # the feature's directions, however many of which are independent so many are replaced
+
+    def joined(self, positions: Int[Array, " read"]) -> Removal:
+        """The same for an example whose reads stand at these positions: reads at one position and site are one, the first of them.
+
+        Its directions are those of all, orthonormal: edits along correlated ones, each by itself, would add up to no projection.
+        """
+        same = (positions[:, None] == positions) & (self.layer[:, None] == self.layer)
+        group = same & (same.argmax(1) == jnp.arange(len(positions)))[:, None]  # [first, member]
+
+        def joint(w: Array, b: Array) -> tuple[Array, Array]:
+            members = group[:, None, :, None] * w.swapaxes(0, 1)
+            return orthonormal(members.reshape(*w.shape[:2], -1), (group[..., None] * b).reshape(len(w), -1))
+
+        (w, target), (u, _), (own, _) = (joint(a, -self.target) for a in (self.w, self.u, self.own))
+        spread = jnp.abs(own).max(-2, keepdims=True) > 0
+        return self._replace(w=w * spread, u=u * spread, target=target, own=own)
 
     def edit(self, sites: tuple[str, ...], positions: Int[Array, " read"]) -> Edit:
         """The edit for an example whose reads stand at these positions (-1: not there)."""
 
         def moved(site: int, x: Any) -> Any:
             here = (self.layer == site) & (positions >= 0)
-            place = jax.nn.one_hot(positions, x.shape[0]) * here[:, None]  # [read, position]; reads of a feature stand apart
+            place = jax.nn.one_hot(positions, x.shape[0]) * here[:, None]  # [read, position]; they stand apart, or are joined
             with jax.default_matmul_precision("highest"):
                 part = jnp.einsum("rd,rdm->rm", place @ x.astype(jnp.float32), self.w[:, : x.shape[1]]) - self.target
                 return x - (place.T @ jnp.einsum("rm,rdm->rd", part, self.u[:, : x.shape[1]])).astype(x.dtype)
@@ -182,9 +201,19 @@ def orthonormal(
 
 
 def measured(
-    run: Run, params: Any, rows: Example, feature: str, sites: tuple[str, ...], removal: Removal, donors: Reads | None = None
+    run: Run,
+    params: Any,
+    rows: Example,
+    feature: str,
+    sites: tuple[str, ...],
+    removal: Removal,
+    donors: Reads | None = None,
+    joint: bool = False,
 ) -> dict[str, Float[Array, " row"]]:
-    """Scores of every row, with an edit at every read of a feature; `tokens` and `rows` count what is scored."""
+    """Scores of every row, with an edit at every read of a feature; `tokens` and `rows` count what is scored.
+
+    `joint`: reads may share a position, in any of the rows.
+    """
     target = jnp.broadcast_to(removal.target, (len(rows.tokens), *removal.target.shape))
     if donors is not None:
         at = jnp.take_along_axis(donors.x, removal.layer[None, :, None, None], 0)[0]
@@ -192,7 +221,8 @@ def measured(
         target = jnp.where((removal.resample * donors.counted.T > 0)[..., None], found, target)
 
     def one(tokens: Array, positions: Array, target: Array) -> Array:
-        return run.model.apply(params, tokens[:-1], edit=removal._replace(target=target).edit(sites, positions))[0]
+        mine = removal._replace(target=target)
+        return run.model.apply(params, tokens[:-1], edit=(mine.joined(positions) if joint else mine).edit(sites, positions))[0]
 
     def score(logits: Array, tokens: Array, scored: Array) -> dict[str, Array]:
         loss, metrics = scores(logits[None], Example(tokens[None], scored[None]))

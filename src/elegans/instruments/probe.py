@@ -97,6 +97,19 @@ def sites_of(run: Run, families: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(place["site"] for place in places_of(run, families))
 
 
+def meeting(run: Run, features: tuple[str, ...]) -> set[str]:
+    """Those of some features of which two reads stand at one position in any of 1,024 drawn rows.
+
+    Known while a program is traced, too: a leaf of the task that is traced (the chance of a part, say) counts as 1.
+    """
+    with jax.ensure_compile_time_eval():
+        task = jax.tree.map(lambda a: np.ones((), a.dtype) if isinstance(a, jax.core.Tracer) else a, run.task)
+        data, keys = task.prepare(), jax.random.split(jax.random.key(0), 1024)
+        truths = jax.jit(jax.vmap(lambda k: {name: task.sample(k, data).truth[name].positions for name in features}))(keys)
+    ordered = {name: np.sort(np.asarray(positions), 1) for name, positions in truths.items()}
+    return {name for name, p in ordered.items() if ((p[:, 1:] == p[:, :-1]) & (p[:, 1:] >= 0)).any()}
+
+
 def reads_of(run: Run, feature: str) -> list[dict[str, Any]]:
     """Index and position of each read of a feature; the position is null where it differs between examples."""
     keys = jax.random.split(jax.random.key(0), 64)

@@ -15,7 +15,7 @@ from elegans.errors import Invalid
 from elegans.randomness import keyed_hash
 from elegans.specs import Spec, field, spec, structure
 from elegans.tasks import counting
-from elegans.types import Example
+from elegans.types import AnyArray, Example
 
 SMALL_SPACE = 2**16  # spaces with fewer contents are ranked and cut exactly
 PATIENCE = 64  # redraws after which a held-out example may differ in what a set keeps fixed (its length, its task)
@@ -40,7 +40,7 @@ class Split(Spec):
         if self.train + self.validation >= 1:
             raise Invalid("validation", self.validation, f"with train={self.train:g} nothing is left for test")
 
-    def cut(self, hashes: UInt32[Array, "..."]) -> Int[Array, "..."]:
+    def cut(self, hashes: UInt32[AnyArray, "..."]) -> Int[AnyArray, "..."]:
         """Part numbers (0 train, 1 validation, 2 test) of 32-bit hashes."""
         first, second = (np.uint32(min(int(share * 2**32), 2**32 - 1)) for share in (self.train, self.train + self.validation))
         return (hashes >= first).astype(np.int32) + (hashes >= second).astype(np.int32)
@@ -211,4 +211,4 @@ class Task(Spec):
         assert self.split is not None
         if self.contents is not None:
             return jax.numpy.asarray(table)[content[0]]
-        return self.split.cut(keyed_hash(content, self.split.key))
+        return jax.numpy.asarray(self.split.cut(keyed_hash(content, self.split.key)))

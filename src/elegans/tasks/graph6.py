@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from elegans.errors import Invalid
 
 HEADER = b">>graph6<<"
 OFFSET = 63  # a byte is 63 + six bits, the most significant first; the first byte is 63 + the number of vertices
+BLOCK = 1024  # labelled graphs looked at together
 WANTED = "allowed: a graph6 file, one connected graph a line"
 
 
@@ -54,6 +56,24 @@ def decode(lines: list[bytes], vertices: int) -> np.ndarray:
     bits = np.unpackbits(codes[:, :, None], axis=2)[:, :, 2:].reshape(len(lines), -1)
     u, v = pairs(vertices).T
     return bits[:, v * (v - 1) // 2 + u].astype(bool)
+
+
+def renamed(bits: np.ndarray, vertices: int) -> Iterator[np.ndarray]:
+    """Every labelled graph that some graphs are under other names of their vertices, each once, in blocks: [graph, edge].
+
+    Exchanges of two names that follow each other make every renaming.
+    """
+    u, v = pairs(vertices).T
+    place = np.zeros((vertices, vertices), int)
+    place[u, v] = place[v, u] = np.arange(len(u))
+    swaps = [np.r_[:i, i + 1, i, i + 2 : vertices] for i in range(vertices - 1)]
+    seen: set[bytes] = set()
+    while len(bits):
+        block, bits = np.unique(bits[:BLOCK], axis=0), bits[BLOCK:]
+        new = block[[row.tobytes() not in seen for row in block]]
+        seen |= {row.tobytes() for row in new}
+        yield new
+        bits = np.concatenate([bits, *(new[:, place[swap[u], swap[v]]] for swap in swaps)])
 
 
 def pairs(vertices: int) -> np.ndarray:

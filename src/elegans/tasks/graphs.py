@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
+from elegans.errors import Invalid
+from elegans.randomness import keyed_hash
 from elegans.specs import field, spec
 from elegans.tasks import counting, graph6
-from elegans.tasks.base import SMALL_SPACE, Split, Task
+from elegans.tasks.base import PARTS, SMALL_SPACE, Split, Task
 from elegans.tasks.bits import pack
 from elegans.tasks.graph6 import pairs
 from elegans.types import AnyArray, Example, Truth
@@ -279,6 +281,31 @@ class GraphTask(Task):
         place = jnp.where(there, u * (2 * n - u - 1) // 2 + v - u - 1, self._pairs + k)  # where nothing is listed: off the end
         words = pack(jnp.zeros(self._pairs, jnp.int32).at[place].set(1, mode="drop", unique_indices=True))
         return words if self.contents is None else jnp.asarray(_ranks(n))[words]
+
+    def split_table(self) -> Any:
+        """Raises `Invalid` where the graphs of a file, however named, leave a part of the split empty.
+
+        Beyond 2**16 labelled graphs nobody looks: a part that has none of so many is asked for nearly nothing.
+        """
+        table = super().split_table()
+        if self.split is None or self.graphs is None:
+            return table
+        count, found = 0, set[int]()
+        for bits in graph6.renamed(self.prepare(), self.vertices):
+            count, found = count + len(bits), found | set(self._parts(bits, table).tolist())
+            if len(found) == len(PARTS) or count >= SMALL_SPACE:
+                return table
+        empty = next(part for i, part in enumerate(PARTS) if i not in found)
+        raise Invalid("split", f"{count} labelled graphs", f"{empty} would be empty: give a file of more graphs or say split=none")
+
+    def _parts(self, bits: np.ndarray, table: Any) -> np.ndarray:
+        """The part of every graph, as `part` says of a row, on the host."""
+        assert self.split is not None
+        padded = np.pad(bits, [(0, 0), (0, -bits.shape[1] % 16)])
+        words = np.packbits(padded, axis=1, bitorder="little").view("<u2").astype(np.int32)  # as `pack`
+        if self.contents is not None:
+            return table[_ranks(self.vertices)[words[:, 0]]]
+        return np.asarray(self.split.cut(keyed_hash(words, self.split.key)))
 
     @property
     def contents(self) -> int | None:

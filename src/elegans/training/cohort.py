@@ -107,7 +107,7 @@ def draw_held_out(run: Run, task: TaskData) -> HeldOut:
 
 
 class Evaluation(NamedTuple):
-    """Scores of one replica on a set of examples."""
+    """Scores of one replica on a set of examples; NaN where it scores no token."""
 
     loss: Float[Array, ""]  # nats per scored token
     accuracy: Float[Array, ""]  # per scored token
@@ -131,9 +131,10 @@ def evaluate(run: Run, vector: Float[Array, " parameter"], rows: Example) -> Eva
         return (token_losses(logits, tokens) * counted).sum(0), right.sum(), exact.sum(), counted.sum(0)
 
     nats, right, exact, counted = (x.sum(0) for x in jax.lax.map(block, blocks))
-    tokens = jnp.maximum(counted.sum(), 1)
+    some = counted.sum() > 0
+    tokens, whole = (jnp.where(some, jnp.maximum(n, 1), jnp.nan) for n in (counted.sum(), rows.scored.any(1).sum()))
     by_position = jnp.where(counted > 0, nats / jnp.maximum(counted, 1), jnp.nan)
-    return Evaluation(nats.sum() / tokens, right / tokens, exact / jnp.maximum(rows.scored.any(1).sum(), 1), by_position)
+    return Evaluation(nats.sum() / tokens, right / tokens, exact / whole, by_position)
 
 
 # ---- the compiled cohort
@@ -245,9 +246,10 @@ class Programs:
         return states, dict(zip(self.metrics, np.asarray(buffer)[:, :steps], strict=True))
 
     def evaluate(self, params: Any, part: str, slots: Int[np.ndarray, " slot"]) -> Evaluation:
-        """Scores of some replicas, each on its own held-out examples of a part."""
+        """Scores of some replicas, each on its own held-out examples of a part. Raises `Invalid` where a set could not be drawn."""
         if self._rows is None:
             self._rows = self._program("held_out", self.runs, self.task)(self.runs, self.task)
+            check_scored(self._rows)
         size, made = self.few.replicas, []
         for first in range(0, len(slots), size):
             here = slots[first : first + size]
@@ -260,6 +262,13 @@ class Programs:
         m = self.compile().memory_analysis()
         each = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
         return each * len(self.spread.devices)  # they are cores of one CPU, or one device
+
+
+def check_scored(rows: HeldOut) -> None:
+    """Raises `Invalid` where some run's set, of arrays [run, row, position], has no scored token."""
+    for part, drawn in rows._asdict().items():
+        if not np.asarray(drawn.scored).any((1, 2)).all():
+            raise Invalid("split", part, "no example of this part was found: lengthen the task, or say split=none")
 
 
 def _compiled(lowered: Any) -> tuple[Any, bool]:
