@@ -298,6 +298,11 @@ class GraphTask(Task):
         empty = next(part for i, part in enumerate(PARTS) if i not in found)
         raise Invalid("split", f"{count} labelled graphs", f"{empty} would be empty: give a file of more graphs or say split=none")
 
+    def part_sizes(self) -> list[dict[str, Any]]:
+        """As of other small spaces; of a file's graphs nothing, since they are only some of the contents that are cut."""
+        sizes = super().part_sizes()
+        return sizes if self.graphs is None else []
+
     def _parts(self, bits: np.ndarray, table: Any) -> np.ndarray:
         """The part of every graph, as `part` says of a row, on the host."""
         assert self.split is not None
