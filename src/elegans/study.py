@@ -50,11 +50,13 @@ class Study:
     keep: Callable[[Run], bool] | None = None  # which runs belong, after overrides too; none: all
 
     def override(self, axes: Mapping[str, Sequence[Any]]) -> Study:
-        """The study with fields of every run, and of all that it goes on from, replaced; several values of a field sweep it.
+        """The study with fields of every run replaced; several values of a field sweep it. Equal runs become one.
 
-        Equal runs become one. What a run alone decides (`after`, `after_step`, `trained`, `label`) is not handed to its parents.
+        Where one of them goes on from another, the field is replaced in both, but for what a run alone decides (`after`, `after_step`,
+        `trained`, `label`). A parent that is no run of the study stays as it is.
         """
-        made = [new for run in self.runs for new in specs.grid(run, {_lineal(path, run): values for path, values in axes.items()})]
+        own = {run.id for run in self.runs}
+        made = [new for run in self.runs for new in specs.grid(run, {_lineal(path, run, own): values for path, values in axes.items()})]
         made = [run for run in made if self.keep is None or self.keep(run)]
         if not made:
             raise Invalid("runs", [], f"none of {self.name} is left after {', '.join(axes)}")
@@ -81,10 +83,14 @@ class Study:
         return dataclasses.replace(self, runs=runs)
 
 
-def _lineal(path: str, run: Run) -> str:
-    """The axis that replaces a field of a run and of its ancestors together."""
-    own = path.split(".")[0].split("+")[0] in ("after", "after_step", "trained", "label")
-    return path if own else "+".join("after." * i + path for i in range(depth(run) + 1))
+def _lineal(path: str, run: Run, own: set[str]) -> str:
+    """The axis that replaces a field of a run and of those of its ancestors that are runs of the study."""
+    paths = [path]
+    parent = None if path.split(".")[0].split("+")[0] in ("after", "after_step", "trained", "label") else run.after
+    while parent is not None and parent.id in own:
+        paths.append(f"after.{paths[-1]}")
+        parent = parent.after
+    return "+".join(paths)
 
 
 def unique(runs: Sequence[Run]) -> list[Run]:

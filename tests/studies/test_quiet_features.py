@@ -42,6 +42,7 @@ def test_across_compute_every_budget_has_every_seed_at_both_rates() -> None:
     assert {run.flops for run in study.runs} >= {1e9, 1e10, 1e11, 1e12} and max(run.flops for run in study.runs) == 1e12
 
 
+@pytest.mark.slow
 def test_overriding_the_task_leaves_the_grid_of_that_task() -> None:
     """Multiplication's larger budgets, and steps that only another task's rows allow, do not come along."""
 

@@ -178,6 +178,8 @@ def test_overrides_of_a_study_reach_the_parents() -> None:
     study = Study([*PARENTS[:2], *TRANSFERS[:2]]).override({"seed": [0, 1], "steps": [3]})
     assert len(study.runs) == len(lineage(study.runs)) == 4 and {run.length for run in study.runs} == {3}
     assert [(run.seed, run.after.seed) for run in study.runs if run.after] == [(0, 0), (1, 1)]
+    alone = Study(TRANSFERS[:1]).override({"steps": [3]}).runs[0]
+    assert (alone.steps, alone.after) == (3, PARENTS[0])  # a parent that the study does not ask for stays
     later = Study(TRANSFERS[:1]).override({"after_step": [3]}).runs[0]
     assert (later.after_step, later.after) == (3, PARENTS[0])
 
