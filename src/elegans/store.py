@@ -160,15 +160,14 @@ class Store:
     def runs(self) -> pa.Table:
         """A row for every run: id, cohort, label, state, divergence, lengths, and every field of its spec by dotted path."""
         rows = []
-        elsewhere = self._told_elsewhere()
-        for cohort in self.cohorts():
-            status = cohort.status()
-            for line in (line for line in cohort.lines() if line["run"] not in elsewhere.get(cohort.id, ())):
-                at = status["diverged"].get(line["run"])
-                done = at is not None or status["finished"] or status["step"] >= line["steps"]
-                state = "diverged" if at is not None else "finished" if done else "unfinished"
-                head = {"run": line["run"], "cohort": cohort.id, "label": line["label"], "state": state, "diverged_at": at}
-                rows.append(head | {k: line[k] for k in ("length", "parameters", "flops_per_step")} | specs.flat(line["spec"]))
+        statuses = {cohort.id: cohort.status() for cohort in self.cohorts()}
+        for line in self.lines():
+            status = statuses[line["cohort"]]
+            at = status["diverged"].get(line["run"])
+            done = at is not None or status["finished"] or status["step"] >= line["steps"]
+            state = "diverged" if at is not None else "finished" if done else "unfinished"
+            head = {"run": line["run"], "cohort": line["cohort"], "label": line["label"], "state": state, "diverged_at": at}
+            rows.append(head | {k: line[k] for k in ("length", "parameters", "flops_per_step")} | specs.flat(line["spec"]))
         names = list(dict.fromkeys(name for row in rows for name in row))
         return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
 
@@ -205,8 +204,12 @@ class Store:
 
     def tables(self) -> list[str]:
         """Names of the tables that have rows."""
+        return list(self._tables())
+
+    def _tables(self) -> dict[str, pa.Table]:
         names = ["runs", *TABLES, "timings", *sorted(p.name for p in (self.path / "rows").glob("*") if p.is_dir())]
-        return [name for name in names if self.has(name)]
+        found = {name: self.table(name) for name in names}
+        return {name: rows for name, rows in found.items() if rows.num_columns}
 
     def add_rows(self, instrument: str, part: str, table: pa.Table) -> None:
         """Keep what an instrument measured of one cohort (or of all: part "store")."""
@@ -216,13 +219,14 @@ class Store:
     def sql(self, query: str) -> pa.Table:
         """Answer a DuckDB query over the tables. Columns with dots need quotes: "optim.lr". Raises `StoreError`."""
         connection = duckdb.connect(config={"enable_external_access": False})
+        tables = self._tables()
         try:
-            for name in self.tables():
-                connection.register(name, self.table(name))
+            for name, rows in tables.items():
+                connection.register(name, rows)
             return connection.sql(query).to_arrow_table()
         except (duckdb.Error, AttributeError) as error:
             reason = str(error).splitlines()[0] if not isinstance(error, AttributeError) else "not a query that returns rows"
-            raise StoreError(f"sql: {reason}; tables: {', '.join(self.tables())}") from None
+            raise StoreError(f"sql: {reason}; tables: {', '.join(tables)}") from None
         finally:
             connection.close()
 

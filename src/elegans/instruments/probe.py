@@ -105,8 +105,8 @@ def meeting(run: Run, features: tuple[str, ...]) -> set[str]:
     with jax.ensure_compile_time_eval():
         task = jax.tree.map(lambda a: np.ones((), a.dtype) if isinstance(a, jax.core.Tracer) else a, run.task)
         data, keys = task.prepare(), jax.random.split(jax.random.key(0), 1024)
-        truths = jax.jit(jax.vmap(lambda k: {name: task.sample(k, data).truth[name].positions for name in features}))(keys)
-    ordered = {name: np.sort(np.asarray(positions), 1) for name, positions in truths.items()}
+        truths = jax.jit(jax.vmap(lambda key: {name: t.positions for name, t in task.sample(key, data).truth.items()}))(keys)
+    ordered = {name: np.sort(np.asarray(truths[name]), 1) for name in features}
     return {name for name, p in ordered.items() if ((p[:, 1:] == p[:, :-1]) & (p[:, 1:] >= 0)).any()}
 
 

@@ -26,11 +26,14 @@ down, and taking the carry's direction out costs exact match that random directi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from elegans.figures import save_quiet_figures
-from elegans.instruments import Ablate, AcrossCompute, Probe, Scaling, Transition
+from elegans.instruments import Ablate, AcrossCompute, Instrument, Probe, Scaling, Transition
 from elegans.models import Transformer
 from elegans.specs import grid, replace
 from elegans.store import Store
@@ -117,69 +120,78 @@ def draw(store: str | Path, folder: str | Path) -> list[Path]:
     return save_quiet_figures(Store(store), folder, [task.kind for task in TASKS], PUBLISHED, QUIET, LOUD)
 
 
-def within(small: bool = False) -> Study:
+def changed(task: Task, fields: dict[str, Any]) -> Run:
+    """The grid's first run of a task, with some fields replaced."""
+    return functools.reduce(lambda run, field: replace(run, *field), fields.items(), next(configurations(task)))
+
+
+# ---- parts
+
+Made = tuple[Sequence[Run], Sequence[Instrument]]
+PARTS: dict[str, Callable[[bool], Study]] = {}
+ACROSS = Probe(at="final"), AcrossCompute()
+
+
+def part(make: Callable[[], Made]) -> Callable[[bool], Study]:
+    """A part of the study, under its function's name; small, every part is `small`."""
+
+    @functools.wraps(make)
+    def study(small: bool = False) -> Study:
+        if small:
+            return globals()["small"]
+        return Study(*make(), f"quiet_features.{make.__name__}", (inspect.getdoc(make) or "").splitlines()[0])
+
+    PARTS[make.__name__] = study
+    return study
+
+
+@part
+def within() -> Made:
     """When do a task's intermediate results become readable while one network trains, and does it use them?
 
     One setting of each task that is learned within 2e13 FLOPs, weights recorded ten times a decade, probed after every block and ablated.
     Cost: 9 structures x 8 runs (16 of addition) x 7,000 to 50,000 steps, and as many programs for probes and ablations.
     """
-    if small:
-        return globals()["small"]
     ten = LogSpaced(per_decade=10)
     recorded = Record(train=ten, evaluate=ten, weights=ten, examples=1000, by_position=False)
     runs: list[Run] = []
     for task in (task for task in TASKS if not isinstance(task, Multiplication)):
         add = isinstance(task, Addition)
         setting = {"model.d_model": 32, "optim.lr": 1e-2, "flops": 1e12} if add else {"model.d_model": 64, "optim.lr": 1e-3, "flops": 2e13}
-        run = next(configurations(task))
-        for path, value in {**setting, "batch": 8, "record": recorded, "label": "{task} seed={seed}"}.items():
-            run = replace(run, path, value)
+        run = changed(task, setting | {"batch": 8, "record": recorded, "label": "{task} seed={seed}"})
         runs += grid(run, {"seed": range(16 if add else 8)})
-    instruments = (Probe(), Ablate(at="final", draws=16), Transition())
-    return Study(name="quiet_features.within", question=(within.__doc__ or "").splitlines()[0], runs=runs, instruments=instruments)
+    return runs, (Probe(), Ablate(at="final", draws=16), Transition())
 
 
-def across(small: bool = False) -> Study:
+@part
+def across() -> Made:
     """Does one architecture know a task's intermediate results after budgets at which its loss has not moved?
 
     Four layers of width 64, batches of 8, trained anew for every quarter of a decade from 1e9 FLOPs to 1e12 (addition) or 1e13 (the other
     tasks with published verdicts, but multiplication), at two learning rates, the better of which counts; 12 seeds; finished networks
-    probed. Cost: 5 structures x 300 to 400 runs, 1.2e15 FLOPs in all; addition alone (`elegans run quiet_features.across_addition`)
-    takes two CPU cores half an hour. Expect, from the paper: carry, first_operand, queue and previous_negative before the loss; adjacency,
-    max_ending_here and start_time with it.
+    probed. Cost: 5 structures x 300 to 400 runs, 2.3e15 FLOPs in all; addition alone (`elegans run quiet_features.across_addition`)
+    took two CPU cores, busy with other work, an hour and a half. Expect, from the paper: carry, first_operand, queue and
+    previous_negative before the loss; adjacency, max_ending_here and start_time with it.
     """
-    if small:
-        return globals()["small"]
     tasks = [task for task in TASKS if task.kind in {kind for kind, _ in QUIET + LOUD} and not isinstance(task, Multiplication)]
-    return _across("across", [run for task in tasks for run in _budgets(task)])
+    return [run for task in tasks for run in _budgets(task)], ACROSS
 
 
-def across_addition(small: bool = False) -> Study:
+@part
+def across_addition() -> Made:
     """Does one architecture know the carry and the first operand after budgets at which its loss has not moved?
 
     The runs of `across` on addition: 312 of 2 to 1,909 steps.
     """
-    if small:
-        return globals()["small"]
-    return _across("across_addition", list(_budgets(TASKS[0])))
-
-
-def _across(name: str, runs: list[Run]) -> Study:
-    question = (PARTS[name].__doc__ or "").splitlines()[0]
-    return Study(name=f"quiet_features.{name}", question=question, runs=runs, instruments=(Probe(at="final"), AcrossCompute()))
+    return list(_budgets(TASKS[0])), ACROSS
 
 
 def _budgets(task: Task) -> Iterator[Run]:
     """One architecture on a task, at every quarter of a decade."""
-    run = next(configurations(task))
-    for path, value in {"model.d_model": 64, "batch": 8, "label": "{task} lr={optim.lr} C={flops} seed={seed}"}.items():
-        run = replace(run, path, value)
+    run = changed(task, {"model.d_model": 64, "batch": 8, "label": "{task} lr={optim.lr} C={flops} seed={seed}"})
     decades = 3 if isinstance(task, Addition) else 4
     budgets = [float(f"{10 ** (9 + n / 4):.2g}") for n in range(4 * decades + 1)]
     yield from grid(run, {"flops": budgets, "optim.lr": (1e-2, 1e-3), "seed": range(12)})
-
-
-PARTS = {"within": within, "across": across, "across_addition": across_addition}
 
 
 def __getattr__(name: str) -> Study:

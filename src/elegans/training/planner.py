@@ -171,22 +171,25 @@ def divide(runs: Sequence[Run], parts: int) -> list[list[Run]]:
     def joint(family: Sequence[Run]) -> float:
         return sum(map(cost, group(family)))
 
-    whole = families(lineage(runs), structure=True)
-    fair = sum(map(joint, whole)) / parts
+    whole = [(joint(family), family) for family in families(lineage(runs), structure=True)]
+    fair = sum(spent for spent, _ in whole) / parts
 
-    def pieces(family: list[Run]) -> list[list[Run]]:
-        lines = families(family)
+    def pieces(spent: float, family: list[Run]) -> list[tuple[float, list[Run]]]:
+        lines = families(family) if spent > fair else [family]
+        if len(lines) == 1:
+            return [(spent, family)]
         halves = [[run for line in half for run in line] for half in (lines[::2], lines[1::2])]
-        if joint(family) <= fair or len(lines) == 1 or max(map(joint, halves)) > HALVED * joint(family):
-            return [family]
-        return [piece for half in halves for piece in pieces(half)]
+        costs = [joint(half) for half in halves]
+        if max(costs) > HALVED * spent:
+            return [(spent, family)]
+        return [piece for each in zip(costs, halves, strict=True) for piece in pieces(*each)]
 
     made: list[list[Run]] = [[] for _ in range(parts)]
     taken = [0.0] * parts
-    for piece in sorted((piece for family in whole for piece in pieces(family)), key=joint, reverse=True):
+    for spent, piece in sorted((piece for each in whole for piece in pieces(*each)), key=lambda found: -found[0]):
         least = taken.index(min(taken))
         made[least] += piece
-        taken[least] += joint(piece)
+        taken[least] += spent
     return made
 
 
