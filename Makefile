@@ -9,10 +9,10 @@ demo: .venv/demo
 	$(BIN)/elegans run carry --store runs/carry
 
 test: .venv/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-all: .venv/dev .venv/bench
-	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 -m "slow or not slow" --durations 15
+	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow" --durations 15
 
 lint: .venv/dev
 	$(BIN)/ruff check .
