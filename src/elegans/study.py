@@ -27,7 +27,7 @@ from elegans.sources import code_of, compare
 from elegans.store import Store
 from elegans.training.ahead import Ahead
 from elegans.training.checkpoint import arrays_to_state
-from elegans.training.cohort import Programs
+from elegans.training.cohort import Programs, resolve
 from elegans.training.cost import flops_per_step, rates_of
 from elegans.training.device import choose, memory_budget, provenance
 from elegans.training.planner import CohortPlan, divide, plan, seconds
@@ -102,16 +102,29 @@ def unique(runs: Sequence[Run]) -> list[Run]:
 
 
 def run_study(study: Study, path: str | Path, listener: Listener = silent, **options: Any) -> Path:
-    """Train what is missing, measure it, write the report; return the report's path. Options are `train`'s."""
+    """Train what is missing, measure it, write the report; return the report's path. Options are `train`'s.
+
+    A cohort is measured as soon as it has ended, so that what is finished when time is short has its rows.
+    """
     if not study.runs:
         raise Invalid("runs", [], "a study needs at least one run")
-    store = train(study.runs, path, listener=listener, **options)
+    networks = [instrument for instrument in study.instruments if isinstance(instrument, ReplicaInstrument)]
+    for instrument in networks:
+        instrument.check_names(resolve(run) for run in study.runs)
+
+    def look() -> None:
+        mine = Store(path).only(study.runs)  # what else is in the store may be nothing that these instruments can measure
+        for instrument in networks:
+            measure(instrument, mine, listener)
+
+    store = train(study.runs, path, listener=listener, ended=look, **options)
     noted = store.path / "study.json"
     before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}  # an answer written by hand stays
     write_json(noted, before | {"name": study.name, "question": study.question})
-    mine = store.only(study.runs)  # what else is in the store may be nothing that these instruments can measure
+    look()  # what an earlier call had no time for
     for instrument in study.instruments:
-        measure(instrument, mine if isinstance(instrument, ReplicaInstrument) else store, listener=listener)
+        if instrument not in networks:
+            measure(instrument, store, listener)
     listener("report", store.path)
     return report.write(store)
 
@@ -126,10 +139,11 @@ def train(
     resume: bool = False,
     minutes: float | None = None,
     listener: Listener = silent,
+    ended: Callable[[], None] = lambda: None,
 ) -> Store:
     """Train runs, and all that they go on from, into a store: finished ones are skipped, unfinished ones resume, `again` starts them anew.
 
-    `resume` insists that there is something to resume.
+    `resume` insists that there is something to resume. `ended` is called whenever a cohort has ended.
     After so many `minutes` training stops at a checkpoint. Raises `Invalid` or `StoreError` before anything is compiled or written.
     """
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -152,6 +166,8 @@ def train(
             for cohort, planned in unfinished:
                 if time.monotonic() < until:
                     _train(opened, cohort, planned, ahead, until, listener)
+                    if cohort.status()["finished"]:
+                        ended()
     return opened
 
 
