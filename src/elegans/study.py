@@ -122,9 +122,9 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
     before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}  # an answer written by hand stays
     write_json(noted, before | {"name": study.name, "question": study.question})
     look()  # what an earlier call had no time for
-    for instrument in study.instruments:
-        if instrument not in networks:
-            measure(instrument, store, listener)
+    for other in study.instruments:
+        if other not in networks:
+            measure(other, store, listener)
     listener("report", store.path)
     return report.write(store)
 

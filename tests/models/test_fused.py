@@ -35,18 +35,17 @@ def test_kernel_is_attention_forward_and_backward(length, heads, width):
         assert np.linalg.norm(got - want) < 4 * BF16 * np.linalg.norm(want)
 
 
-def test_only_unedited_bfloat16_rows_on_a_gpu_are_served(monkeypatch):
-    """An edit may want to see scores, float32 promises more than the kernel's products keep, and short rows are quicker without."""
+def test_only_unedited_bfloat16_on_a_gpu_is_served(monkeypatch):
+    """An edit may want to see scores, and float32 promises more than the kernel's products keep."""
 
     class Gpu:
         platform = "gpu"
 
-    assert not fused.serves("bfloat16", no_edit, 64)  # here is no GPU
+    assert not fused.serves("bfloat16", no_edit)  # here is no GPU
     monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
-    assert fused.serves("bfloat16", no_edit, 64)
-    assert not fused.serves("bfloat16", no_edit, 18)
-    assert not fused.serves("float32", no_edit, 64)
-    assert not fused.serves("bfloat16", lambda site, x: x, 64)
+    assert fused.serves("bfloat16", no_edit)
+    assert not fused.serves("float32", no_edit)
+    assert not fused.serves("bfloat16", lambda site, x: x)
 
 
 def test_a_model_gives_the_same_through_the_kernel(monkeypatch):
@@ -55,7 +54,7 @@ def test_a_model_gives_the_same_through_the_kernel(monkeypatch):
     params, tokens = model.init(jax.random.key(0), 5, 9), jnp.arange(9) % 5
     logits, trace = model.apply(params, tokens)
     kernel = fused.attention
-    monkeypatch.setattr(fused, "serves", lambda dtype, edit, positions: True)
+    monkeypatch.setattr(fused, "serves", lambda dtype, edit: True)
     monkeypatch.setattr(fused, "attention", lambda q, k, v: kernel(q, k, v, interpret=True))
     through, traced = model.apply(params, tokens)
     assert not np.array_equal(trace["z.0"], traced["z.0"])  # another order of additions: it did go through
@@ -68,6 +67,6 @@ def test_scores_with_a_bias_never_go_through_the_kernel(monkeypatch):
     model = Transformer(layers=1, d_model=32, heads=2, position=ALiBi(span=1.0), dtype="bfloat16")
     params, tokens = model.init(jax.random.key(0), 5, 9), jnp.arange(9) % 5
     logits, _ = model.apply(params, tokens)
-    monkeypatch.setattr(fused, "serves", lambda dtype, edit, positions: True)
+    monkeypatch.setattr(fused, "serves", lambda dtype, edit: True)
     monkeypatch.setattr(fused, "attention", lambda q, k, v: pytest.fail("went through the kernel"))
     assert np.array_equal(model.apply(params, tokens)[0], logits)

@@ -304,7 +304,7 @@ class Transformer(Model):
             seen[name] = x = edit(name, x)
             return x
 
-        kernel = fused.serves(self.dtype, edit, tokens.shape[0])
+        kernel = fused.serves(self.dtype, edit)
         exact = jax.default_matmul_precision("highest") if self.dtype == "float32" else contextlib.nullcontext()
         with exact:
             x = site("embed", self._embed(params, tokens, key))
