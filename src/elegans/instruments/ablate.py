@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
-from elegans.instruments.linear import Probes, mean_of
+from elegans.instruments.linear import Probes, mean_of, one_by_one
 from elegans.instruments.probe import Reads, features_of, fit, halves, meeting, reads, sites_of, vectors, with_random_labels
 from elegans.specs import field, spec
 from elegans.tasks.sampling import TaskData, draw_set
@@ -194,7 +194,7 @@ def orthonormal(
     decomposition would fill them up with arbitrary directions. Where planes have no common point: the nearest one.
     """
     with jax.default_matmul_precision("highest"):
-        size, turn = jnp.linalg.eigh(jnp.swapaxes(w, -1, -2) @ w)
+        size, turn = jax.vmap(one_by_one(jnp.linalg.eigh))(jnp.swapaxes(w, -1, -2) @ w)
         scale = jnp.where(size > SAME, jax.lax.rsqrt(jnp.maximum(size, SAME)), 0.0)
         basis = (w @ turn) * scale[..., None, :]
         return basis, -jnp.einsum("rlm,rl->rm", turn, b) * scale

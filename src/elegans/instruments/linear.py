@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -82,16 +83,32 @@ def mean_of(x: Float[Array, "n *d"], counted: Float[Array, " n"]) -> Float[Array
 
 
 def _solver(gram: Float[Array, "d d"], penalty: Float[Array, " d"]) -> Any:
-    """The solution of (gram + penalty) v = g, slightly damped, as a function of g.
+    """The solution of (gram + penalty) v = g, slightly damped, as a function of g."""
+    factor, steepest = one_by_one(_factored)(gram, penalty)
+    return lambda g: one_by_one(_solved)(factor, steepest, g)
 
-    Should rounding leave no factor, a step of steepest descent, no longer than the steepest curvature allows.
-    """
+
+def _factored(gram: Float[Array, "d d"], penalty: Float[Array, " d"]) -> tuple[Float[Array, "d d"], Float[Array, ""]]:
+    """The factor of the damped sum, NaN should rounding leave none; and a bound of its largest eigenvalue."""
     whole = jnp.trace(gram)
     little, more = (jnp.linalg.cholesky(gram + jnp.diag(penalty + damping * whole)) for damping in DAMPING)
-    factor = jnp.where(jnp.isfinite(little).all(), little, more)
+    return jnp.where(jnp.isfinite(little).all(), little, more), whole + penalty.max()
 
-    def solve(g: Float[Array, " d"]) -> Float[Array, " d"]:
-        v = jax.scipy.linalg.cho_solve((factor, True), g)
-        return jnp.where(jnp.isfinite(v).all(), v, g / (whole + penalty.max()))
 
-    return solve
+def _solved(factor: Float[Array, "d d"], steepest: Float[Array, ""], g: Float[Array, " d"]) -> Float[Array, " d"]:
+    """The solution; without a factor a step of steepest descent, no longer than the steepest curvature allows."""
+    v = jax.scipy.linalg.cho_solve((factor, True), g)
+    return jnp.where(jnp.isfinite(v).all(), v, g / steepest)
+
+
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of LAPACK, which `vmap` on a CPU calls for one matrix after the other.
+
+    A batch of them jaxlib 0.10 hands to the pool of threads in which it then waits for them: with as many such calls under way as
+    there are threads nobody is left to answer, and the program stands still for good.
+    """
+
+    def plain(*args: Any) -> Any:  # with no options, which `sequential_vmap` would hand on as arrays
+        return function(*args)
+
+    return lambda *args: jax.lax.platform_dependent(*args, cpu=jax.custom_batching.sequential_vmap(plain), default=plain)
