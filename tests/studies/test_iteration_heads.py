@@ -1,7 +1,9 @@
 """The study of iteration heads: its runs are those of the page, chain of thought emerges against its controls, figures draw the rows."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow.csv
@@ -13,15 +15,16 @@ from elegans.figures.iteration import fit_law, half_ways, speed_ups
 from elegans.figures.lines import Lines, natural
 from elegans.instruments import Circuit, measure
 from elegans.instruments.crossings import interval
-from elegans.loading import load_study
+from elegans.loading import load_study, study_of
 from elegans.store import Store
 from elegans.studies import iteration_heads as ih
-from elegans.study import run_study, train
+from elegans.study import Study, draw_study, run_study, train
 from elegans.tasks import BinaryCopy, Split
 from elegans.training import At
 from elegans.training.cohort import group
 from elegans.training.cost import parameters
 from elegans.training.transfer import lineage
+from running import elegans
 
 STRUCTURES = {  # and runs, parents included: counted from the page and the docstrings
     "emergence": (3, 60), "width": (35, 700), "transfer": (2, 80), "finetune": (4, 80), "patching": (1, 20), "law": (20, 200),
@@ -73,7 +76,7 @@ def test_children_of_transfer_start_after_200_epochs_of_their_own_seed() -> None
 
 
 def test_every_part_is_counted_and_an_unknown_one_is_refused() -> None:
-    assert set(STRUCTURES) == set(ih.PARTS) == set(ih.FIGURES)
+    assert set(STRUCTURES) == set(ih.PARTS) and all(ih.PARTS[name](True).figures for name in STRUCTURES)
     assert load_study("iteration_heads").name == "iteration_heads" and load_study("iteration_heads", True).name == "iteration_heads_small"
     for name in ("iteration_heads.nothing", "carry.width"):
         with pytest.raises(Invalid, match="allowed"):
@@ -101,6 +104,10 @@ def tiny(tmp_path_factory):
         runs = ih.seeded(at, replace(ih.setting(at, label, task), "record.weights", At()))
         stores[label] = train(runs, folder / "store").only(runs)
     return stores
+
+
+def specs_of(store):
+    return [run for cohort in store.cohorts() for run in cohort.specs()]
 
 
 def final(store):
@@ -134,10 +141,10 @@ def test_an_iteration_head_emerges_with_it(tiny) -> None:
     assert first.max() < 0.02 and last.mean() > 0.25 and last.min() > first.max()
 
 
-def test_a_figure_draws_the_rows(tiny, tmp_path) -> None:
-    files = ih.draw(tiny["CoT"].path, tmp_path, "iteration_heads.positions")
+def test_a_figure_draws_the_rows_of_its_own_runs(tiny, tmp_path) -> None:
+    files = draw_study(Study(specs_of(tiny["CoT"]), figures=ih.PARTS["positions"](True).figures), tiny["CoT"].path, tmp_path)
     assert [f.name for f in files] == ["positions.png", "positions.pdf", "positions.csv"] and all(f.stat().st_size for f in files)
-    row, _ = [r for r in pyarrow.csv.read_csv(files[-1]).to_pylist() if r["quantity"] == "test_exact_match"]
+    (row,) = [r for r in pyarrow.csv.read_csv(files[-1]).to_pylist() if r["quantity"] == "test_exact_match"]
     mean, low, high = interval(final(tiny["CoT"]), 0.95)
     assert (row["label"], row["x"], row["runs"]) == ("CoT", 5, 4)
     np.testing.assert_allclose((row["mean"], row["low"], row["high"]), (mean, low, high), rtol=1e-5)
@@ -148,7 +155,8 @@ def test_the_small_study_shows_emergence_and_draws_it(tmp_path) -> None:
     """4 seeds each. With CoT, exact match and layer-2 peakiness rise within a tenth of the run of each other in most seeds; without CoT
     exact match stays, and with one layer peakiness does: every seed with CoT is above every seed of a control (1 in 70 by chance)."""
     run_study(load_study("iteration_heads", True), tmp_path / "store")
-    files = ih.draw(tmp_path / "store", tmp_path / "figures")
+    answer = elegans("draw", tmp_path / "store", tmp_path / "figures")
+    files = [Path(line) for line in answer.out.split()]
     assert [f.name for f in files] == ["emergence.png", "emergence.pdf", "emergence.csv"]
     store = Store(tmp_path / "store")
     last = "select label, max_by(y, step) as y from runs r join ({}) m using (run) group by label, run"
@@ -196,9 +204,20 @@ def test_half_ways_are_of_runs_in_which_both_get_there() -> None:
     assert half_ways(exact, peaked) == {"CoT": [((10, 20), (0, 10))]}
 
 
-def test_a_store_in_which_no_study_ended_asks_for_a_part(tiny, tmp_path) -> None:
-    with pytest.raises(StoreError, match="say which part"):
-        ih.draw(tiny["CoT"].path, tmp_path)
+def test_the_store_says_which_study_to_draw_and_small_ones_are_told_apart(tmp_path) -> None:
+    store = Store.create(tmp_path / "store")
+    for name in ("iteration_heads", "iteration_heads_small", "iteration_heads.law_small", "quiet_features_small", "carry"):
+        (store.path / "study.json").write_text(json.dumps({"name": name}))
+        assert study_of(store).name == name and study_of(store, "iteration_heads.width").name == "iteration_heads.width"
+
+
+def test_a_store_in_which_no_study_ended_or_none_that_ships_asks_for_one(tmp_path) -> None:
+    store = Store.create(tmp_path / "store")
+    with pytest.raises(StoreError, match="no study ended here; say which to draw with --study"):
+        study_of(store)
+    (store.path / "study.json").write_text(json.dumps({"name": "mine"}))
+    with pytest.raises(StoreError, match="'mine' is none that ships; give its file with --study"):
+        study_of(store)
 
 
 def test_speed_ups_are_of_seeds_that_get_there_both_ways() -> None:

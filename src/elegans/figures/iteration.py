@@ -31,6 +31,7 @@ from elegans.figures.lines import (
     lines,
     moment,
     panels,
+    require,
     summary,
 )
 from elegans.instruments.crossings import Bracket, interval, spanning
@@ -177,6 +178,7 @@ def subtraction(store: Store) -> Drawn:
 
 def heads(store: Store) -> Drawn:
     """By setting, the layer whose head looks most at x_t, if any head is peaked there, and how peaked the sharpest head of all is."""
+    require(store, "circuit")
     best = store.sql(f"""select r.label, run, layer, max(y) as y from (select run, layer, head, avg(attention) as y from circuit m
 where {FETCH} group by all) join runs r using (run) group by all order by run, y desc""").to_pylist()
     sharp = lines(store, "(select run, step, layer, head, avg(peakiness) as y from circuit m where " + FETCH + " group by all)", "max(m.y)")
@@ -287,6 +289,7 @@ def fit_law(d: Float[np.ndarray, " run"], length: Float[np.ndarray, " run"], sha
 
 def law(store: Store, draws: int = 200) -> Drawn:
     """Exact match against width at every length, and the fitted width that a length needs, with a bootstrap over runs of each cell."""
+    require(store, "evaluate")
     query = f"""select "model.d_model" as d, "task.length" as n, avg(m.exact_match) as y from runs r join evaluate m using (run)
 where {COUNTED} and r.task = 'polynomial' and "task.cot" and "model.layers" = 2 group by run, d, n order by all"""
     d, n, y = (np.array(store.sql(query)[name].to_pylist(), float) for name in ("d", "n", "y"))

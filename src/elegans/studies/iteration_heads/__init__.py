@@ -4,6 +4,7 @@
     elegans run iteration_heads.width --share 1/4            # a part (`PARTS`); its store is runs/iteration_heads.width
     elegans run iteration_heads.width seed=0..4 epochs=300   # cheaper
     elegans run iteration_heads --small                      # two CPU cores, about two minutes; so has every part
+    elegans draw runs/iteration_heads.width                  # its figure; of a store that parts share: --study iteration_heads.law
 
 Polynomial iteration s_t = s_(t-1) x_t + 1 mod 11, parity and binary copy of 1 to `length` inputs. The model and its training are those of
 Cabannes et al. 2024 ("Iteration Head"): 2 layers, 1 head, no biases, learned positions, a normalised skip path, embedding dropout 0.1;
@@ -11,26 +12,20 @@ Adam at 3e-4, batches of 256, passes over 1,024 rows of each length. Ours: rows 
 are shuffled. Means over lengths are of 4 inputs and more where a part measures lengths apart (`evaluate`, `circuit`), else of all.
 
 A part is one question: its docstring says what is run, its cost (structures x runs x steps) and the number to expect. Seeds, rates,
-weights of mixtures and ends of curricula are leaves: they share a cohort. `draw(store, folder)` draws a part's figure from its store.
+weights of mixtures and ends of curricula are leaves: they share a cohort.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import itertools
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
-from elegans.errors import StoreError
-from elegans.figures import iteration
-from elegans.figures.lines import Draw, save_drawn
-from elegans.instruments import AttentionMaps, Circuit, Dynamics, Evaluate, Instrument, Patch, Probe
+from elegans.figures import Draw, drawing, iteration
+from elegans.instruments import AttentionMaps, Circuit, Dynamics, Evaluate, Patch, Probe
 from elegans.models import ALiBi, Learned, Positions, Rotary, Sinusoidal
 from elegans.specs import replace
-from elegans.store import Store
+from elegans.studies import Made, Parts
 from elegans.studies.iteration_heads.settings import (
     FULL,
     PIECES,
@@ -49,7 +44,7 @@ from elegans.studies.iteration_heads.settings import (
 )
 from elegans.study import Study
 from elegans.tasks import BinaryCopy, Curriculum, Mixture, Task
-from elegans.training import At, Run, follow
+from elegans.training import At, follow
 
 PUBLISHED = {  # mean test accuracy of 4 and more inputs at epoch 960, by length, of Cabannes et al. 2024 (about 0.03)
     "polynomial, d 32": {5: 1.0, 10: 1.0, 16: 1.0, 20: 1.0, 30: 1.0},
@@ -61,23 +56,14 @@ PUBLISHED = {  # mean test accuracy of 4 and more inputs at epoch 960, by length
     "parity, no CoT": {5: 1.0, 10: 1.0, 16: 1.0, 20: 1.0, 30: 1.0},
 }
 
-Made = tuple[Sequence[Run], Sequence[Instrument]]
-PARTS: dict[str, Callable[[bool], Study]] = {}
-FIGURES: dict[str, Draw] = {}
+PARTS = Parts("iteration_heads", lambda make, small: make(SMALL if small else FULL))
 
 
 def part(figure: Draw) -> Callable[[Callable[[Scale], Made]], Callable[[bool], Study]]:
-    """A part of the study, under its function's name: whole, or small; with the figure of its store."""
+    """A part of the study, with the figure of its store, under its function's name."""
 
     def of(make: Callable[[Scale], Made]) -> Callable[[bool], Study]:
-        @functools.wraps(make)
-        def study(small: bool = False) -> Study:
-            runs, instruments = make(SMALL if small else FULL)
-            name = f"iteration_heads.{make.__name__}{'_small' * small}"
-            return Study(runs, instruments, name, (inspect.getdoc(make) or "").splitlines()[0])
-
-        PARTS[make.__name__], FIGURES[make.__name__] = study, figure
-        return study
+        return PARTS.part(drawing(**{make.__name__: figure}))(make)
 
     return of
 
@@ -87,21 +73,6 @@ def __getattr__(name: str) -> Study:
     if name in ("study", "small"):
         return dataclasses.replace(PARTS["emergence"](name == "small"), name=f"iteration_heads{'_small' * (name == 'small')}")
     raise AttributeError(f"{__name__} has no {name!r}")
-
-
-def draw(store: str | Path, folder: str | Path, name: str | None = None) -> list[Path]:
-    """A part's figure from a store, as PNG and PDF, and its numbers as CSV; return the files. `name`: none, as the store says.
-
-    Of a store that several parts share only the part's own runs are drawn; where it has none of them, as after overrides, all are.
-    """
-    opened = Store(store)
-    if name is None and not (opened.path / "study.json").exists():
-        raise StoreError(f"{opened.path}: no study ended here; say which part to draw by its name")
-    said = json.loads((opened.path / "study.json").read_text(encoding="utf-8"))["name"] if name is None else name
-    found = said.removesuffix("_small").removeprefix("iteration_heads").removeprefix(".") or "emergence"
-    own = PARTS[found](said.endswith("_small")).runs
-    there = {line["run"] for line in opened.lines()}
-    return save_drawn(FIGURES[found], opened.only(own) if any(run.id in there for run in own) else opened, Path(folder) / found)
 
 
 # ---- what must be decided
