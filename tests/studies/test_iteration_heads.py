@@ -6,13 +6,15 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.csv
 import pytest
 
 from elegans import replace
 from elegans.errors import Invalid, StoreError
-from elegans.figures.iteration import fit_law, half_ways, speed_ups
+from elegans.figures.iteration import fit_law, half_ways, law, table
 from elegans.figures.lines import Lines, natural
+from elegans.figures.transfer import mean, passed, said, speed_ups
 from elegans.instruments import Circuit, measure
 from elegans.instruments.crossings import interval
 from elegans.loading import load_study, study_of
@@ -220,10 +222,64 @@ def test_a_store_in_which_no_study_ended_or_none_that_ships_asks_for_one(tmp_pat
         study_of(store)
 
 
-def test_speed_ups_are_of_seeds_that_get_there_both_ways() -> None:
-    found = speed_ups({0: 600.0, 1: 800.0, 2: None, 3: 500.0}, {0: 20.0, 1: 40.0, 2: 10.0, 3: None}, 180)
-    np.testing.assert_allclose(10 ** np.array(found["counting 0 before"]), [30, 20])
-    np.testing.assert_allclose(10 ** np.array(found["counting 180 before"]), [3, 800 / 220])
+def test_speed_ups_are_of_seeds_that_get_there_both_ways_and_bounded_by_the_recordings() -> None:
+    inf = math.inf
+    found = speed_ups({0: (500, 600), 1: (700, 800), 2: None, 3: (1, 2)}, {0: (0, 20), 1: (20, 40), 2: (0, 10), 3: None}, 180)
+    assert list(found) == ["its own epochs alone", "with the 180 before"]
+    np.testing.assert_allclose(10 ** np.array(found["its own epochs alone"]), [(500 / 20, inf), (700 / 40, 800 / 20)])
+    np.testing.assert_allclose(10 ** np.array(found["with the 180 before"]), [(500 / 200, 600 / 180), (700 / 220, 800 / 200)])
+    lines = Lines(np.array([0.0, 2.0, 4.0]), np.array([[0, 0.5, 1], [0, 1, 1], [1, 1, 1], [0, 1, 0.5]]), tuple("abcd"))
+    assert passed(lines) == [(2, 4), (0, 2), (0, 2), None]
+
+
+def test_a_mean_ratio_with_seeds_known_from_one_side_is_a_bound() -> None:
+    """Whatever the seeds' ratios are within their brackets, the mean is in what is said."""
+    inf, known = math.inf, [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0)]
+    middle, least, most = mean(known), mean([*known[:2], (2.0, inf)]), mean([*known[:2], (-inf, 3.0)])
+    assert middle["bound"] is None and math.isclose(middle["mean"], 10**1.5)
+    assert least["bound"] == "at least" and math.isclose(least["mean"], 10**1.0) and least["high"] is None
+    assert most["bound"] == "at most" and math.isclose(most["mean"], 10**2.0) and most["low"] is None
+    assert math.isclose(least["low"], middle["low"]) and math.isclose(most["high"], middle["high"])
+    assert mean([(0.0, inf), (-inf, 1.0)])["mean"] is None and mean(known[:2])["low"] is None
+    assert (
+        said(**least).startswith("at least 10 x [") and said(**least).endswith("\u221e)") and said(**mean([(0.0, inf)])) == "at least 1 x"
+    )
+
+
+class Answers(Store):
+    """Stands for a store: runs and the rows that a figure asks for."""
+
+    def __init__(self, runs, rows):
+        self.tables = {"runs": pa.Table.from_pylist(runs), "rows": pa.Table.from_pylist(rows)}
+
+    def has(self, name):
+        return True
+
+    def table(self, name):
+        return self.tables[name]
+
+    def sql(self, query):
+        return self.tables["rows"]
+
+
+def test_the_table_keeps_the_rows_of_settings_that_are_not_measured_and_counts_seeds() -> None:
+    rows = [{"label": "polynomial, d 20 @ 5", "run": f"r{i}", "x": 1.0, "y": y} for i, y in enumerate((0.5, 0.7, 0.9))]
+    rows += [{"label": "parity, no CoT @ 10", "run": f"s{i}", "x": 1.0, "y": 1.0} for i in range(2)]
+    figure, _ = table(ih.PUBLISHED)(Answers([{"run": "r", "task.length": n} for n in (5, 10)], rows))
+    measured, published = figure.axes
+    assert [t.get_text() for t in measured.get_yticklabels()] == list(ih.PUBLISHED)
+    half = interval([0.5, 0.7, 0.9], 0.95)[2] - 0.7
+    assert {t.get_position(): t.get_text() for t in measured.texts} == {(0, 1): f"0.70\n±{half:.2f}, n 3", (1, 6): "1.00\nn 2"}
+    assert len(published.texts) == 2 * len(ih.PUBLISHED)
+
+
+@pytest.mark.parametrize(("c", "b"), [(16, 0.002), (2, 1.2), (80, 0.3)])
+def test_the_ticks_of_the_law_differ_and_its_axis_holds_the_widths_of_the_runs(c, b) -> None:
+    widths = (12, 16, 20, 24, 32)
+    rows = [{"d": d, "n": n, "y": 1 / (1 + (c * n**b / d) ** 8)} for d in widths for n in (5, 10, 20) for _ in range(2)]
+    _, axes = law(Answers([], rows), draws=2)[0].axes
+    ticks = [t.get_text() for t in axes.get_yticklabels()]
+    assert len(set(ticks)) == len(ticks) and {str(d) for d in widths} <= set(ticks) and axes.get_ylim() == (6, 64)
 
 
 def test_labels_are_sorted_by_their_numbers() -> None:

@@ -22,6 +22,7 @@ import itertools
 from collections.abc import Callable
 
 from elegans.figures import Draw, drawing, iteration
+from elegans.figures import transfer as figures
 from elegans.instruments import AttentionMaps, Circuit, Dynamics, Evaluate, Patch, Probe
 from elegans.models import ALiBi, Learned, Positions, Rotary, Sinusoidal
 from elegans.specs import replace
@@ -110,7 +111,7 @@ def width(at: Scale) -> Made:
     return seeded(at, *sketched(*(quick(at, run) for run in runs))), (Evaluate(own=True, examples=at.examples, at="final"),)
 
 
-@part(iteration.transfer)
+@part(figures.transfer)
 def transfer(at: Scale) -> Made:
     """How much sooner is parity learned after 200 epochs of polynomial iteration than from scratch, and polynomial after parity?
 
