@@ -23,6 +23,7 @@ from jax.interpreters import partial_eval
 import elegans
 from elegans import (
     MLP,
+    SGD,
     WSD,
     ActivitySelection,
     AdamW,
@@ -44,6 +45,7 @@ from elegans import (
     LayerNorm,
     Learned,
     Linear,
+    Lion,
     LogSpaced,
     LongestCommonSubsequence,
     Majority,
@@ -194,6 +196,8 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
             **{"b1": [0.5], "b2": [0.5], "eps": [0.1], "decay": ["matrices"]},
         },
     ),
+    SGD: at("optim", {"momentum": [0.5], "nesterov": [True], "weight_decay": [0.2]}, on("optim", SGD(lr=0.1))),
+    Lion: at("optim", {"b1": [0.5], "b2": [0.5], "weight_decay": [0.2]}, on("optim", Lion(lr=0.1))),
     Constant: scheduled(Constant, {}),
     Cosine: scheduled(Cosine, {"end": [0.5]}),
     Linear: scheduled(Linear, {"end": [0.5]}),

@@ -56,7 +56,7 @@ def test_new_update(tmp_path):
 
 def test_new_optimizer(tmp_path):
     rows = run("new_optimizer.py", tmp_path / "store", "seed=0")
-    assert {row["optim"] for row in rows} == {"lion"} and len({row["loss"] for row in rows}) == 2
+    assert {row["optim"] for row in rows} == {"ada_belief"} and len({row["loss"] for row in rows}) == 2
 
 
 def test_new_instrument(tmp_path):

@@ -45,7 +45,7 @@ from elegans.studies.iteration_heads.settings import (
 )
 from elegans.study import Study
 from elegans.tasks import BinaryCopy, Curriculum, Mixture, Task
-from elegans.training import At, follow
+from elegans.training import SGD, At, Lion, follow
 
 PUBLISHED = {  # mean test accuracy of 4 and more inputs at epoch 960, by length, of Cabannes et al. 2024 (about 0.03)
     "polynomial, d 32": {5: 1.0, 10: 1.0, 16: 1.0, 20: 1.0, 30: 1.0},
@@ -253,11 +253,12 @@ def positions(at: Scale) -> Made:
 
 @part(iteration.arms)
 def optimiser(at: Scale) -> Made:
-    """How do batch, learning rate, weight decay and the order of rows move the jump?
+    """How do optimiser, batch, learning rate, weight decay and the order of rows move the jump?
 
-    Batches of 64, 256 and 1,024 rows, and of 256 in the authors' order (short to long, not shuffled); learning rates 1e-4 to 3e-3 and
-    weight decay 0 or 0.1 are leaves. Cost: 4 structures x 80 runs (8 settings of 10 seeds) x 8,000 to 128,000 steps.
-    Expect nothing published.
+    AdamW in batches of 64, 256 and 1,024 rows, and of 256 in the authors' order (short to long, not shuffled), learning rates 1e-4 to
+    3e-3 and weight decay 0 or 0.1; in batches of 256, Lion at 1e-5 to 3e-4 and SGD with momentum 0.9 at 0.01 to 0.3, without weight
+    decay. Rates and decay are leaves. Cost: 6 structures, four x 80 runs (8 settings of 10 seeds) x 8,000 to 128,000 steps and two x 40
+    runs x 32,000. Expect nothing published.
     """
     rates, batches = ((at.lr, at.lr / 3), (at.batch, 4 * at.batch)) if at.small else ((1e-4, 3e-4, 1e-3, 3e-3), (64, 256, 1024))
     made = []
@@ -265,8 +266,12 @@ def optimiser(at: Scale) -> Made:
         run = replace(setting(dataclasses.replace(at, batch=batch), f"batch {batch}{', short to long' if order else ''}"), "order", order)
         for lr, decay in itertools.product(rates, (0.0, 0.1)):
             named = dataclasses.replace(run, label=f"{run.label}, lr {lr:g}{', decay 0.1' if decay else ''}")
-            made.append(replace(replace(replace(named, "optim.lr", lr), "optim.weight_decay", decay), "record.weights", None))
-    return seeded(at, *made, share=0.5), ()
+            made.append(replace(replace(named, "optim.lr", lr), "optim.weight_decay", decay))
+    others = {"Lion": (Lion(clip=None), (1e-5, 3e-5, 1e-4, 3e-4)), "SGD": (SGD(clip=None), (0.01, 0.03, 0.1, 0.3))}
+    for name, (optim, all_rates) in others.items():
+        for lr in all_rates[2:] if at.small else all_rates:
+            made.append(dataclasses.replace(setting(at, f"{name}, lr {lr:g}"), optim=dataclasses.replace(optim, lr=lr)))
+    return seeded(at, *sketched(*made), share=0.5), ()
 
 
 @part(iteration.generalisation)
