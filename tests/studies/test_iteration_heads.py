@@ -29,7 +29,7 @@ from elegans.training.transfer import lineage
 from running import elegans
 
 STRUCTURES = {  # and runs, parents included: counted from the page and the docstrings
-    "emergence": (3, 60), "width": (35, 700), "transfer": (2, 80), "finetune": (4, 80), "patching": (1, 20), "law": (20, 200),
+    "emergence": (3, 60), "width": (35, 700), "transfer": (2, 80), "finetune": (4, 100), "patching": (1, 20), "law": (20, 200),
     "freezing": (11, 110), "forgetting": (3, 80), "sharpening": (1, 40), "subtraction": (1, 20), "excess": (9, 90),
     "positions": (12, 120), "optimiser": (6, 400), "generalisation": (5, 120), "curricula": (4, 240), "joint": (2, 120), "mixing": (1, 120),
 }  # fmt: skip

@@ -15,6 +15,7 @@ import pyarrow as pa
 from jaxtyping import Float
 from scipy import optimize
 
+from elegans.errors import StoreError
 from elegans.figures import style
 from elegans.figures.lines import (
     CONFIDENCE,
@@ -201,12 +202,14 @@ where {FETCH} group by all) join runs r using (run) group by all order by run, y
 
 
 def forgetting(store: Store) -> Drawn:
-    """Exact match on rows of what a run trains on, a mixture where it does so, and on the parent's, against epochs."""
+    """Exact match on rows of the new task and of the parent's, each by itself, against epochs."""
     figure, axes = panels(2)
-    old = lines(store, "evaluate", "max(exact_match)", "m.length is null")
-    new = {label: each for label, each in exact_match(store).items() if label in old}
-    for each, (title, found) in zip(axes, {"training's": new, "the parent's": old}.items(), strict=True):
-        draw_lines(each, found, f"exact match, {title} rows", moment(store)[1])
+    tasks = {"parity, the new task": "m.task = 'parity'", "polynomial, the parent's": "m.task <> 'parity'"}
+    made = {title: lines(store, "evaluate", "avg(exact_match)", f"{where} and {COUNTED}") for title, where in tasks.items()}
+    new, old = made.values()
+    for each, (title, found) in zip(axes, made.items(), strict=True):
+        draw_lines(each, found, "exact match", moment(store)[1], of=colours(old))
+        each.set_title(title)
     axes[1].legend(loc="best", fontsize=5.5)
     return figure, summary(new=new, old=old)
 
@@ -256,6 +259,8 @@ def law(store: Store, draws: int = 200) -> Drawn:
     query = f"""select "model.d_model" as d, "task.length" as n, avg(m.exact_match) as y from runs r join evaluate m using (run)
 where {COUNTED} and r.task = 'polynomial' and "task.cot" and "model.layers" = 2 group by run, d, n order by all"""
     d, n, y = (np.array(store.sql(query)[name].to_pylist(), float) for name in ("d", "n", "y"))
+    if not d.size:
+        raise StoreError(f"{store.path}: no polynomial iteration with two layers to draw a law of")
     cells = [np.nonzero((d == a) & (n == b))[0] for a, b in sorted(set(zip(d, n, strict=True)))]
     generator, best = np.random.default_rng(0), fit_law(d, n, y)
     picks = [np.concatenate([generator.choice(cell, len(cell)) for cell in cells]) for _ in range(draws)]
