@@ -12,7 +12,7 @@ import pytest
 
 from elegans import replace
 from elegans.errors import Invalid, StoreError
-from elegans.figures.iteration import fit_law, half_ways, law, table
+from elegans.figures.iteration import fit_law, half_ways, joint, law, table
 from elegans.figures.lines import Lines, natural
 from elegans.figures.transfer import mean, passed, said, speed_ups
 from elegans.instruments import Circuit, measure
@@ -246,29 +246,31 @@ def test_a_mean_ratio_with_seeds_known_from_one_side_is_a_bound() -> None:
     )
 
 
-class Answers(Store):
-    """Stands for a store: runs and the rows that a figure asks for."""
+class Given(Store):
+    """A store of given tables, rows by name."""
 
-    def __init__(self, runs, rows):
-        self.tables = {"runs": pa.Table.from_pylist(runs), "rows": pa.Table.from_pylist(rows)}
-
-    def has(self, name):
-        return True
+    def __init__(self, **tables):
+        self.given = {name: pa.Table.from_pylist(rows) for name, rows in tables.items()}
 
     def table(self, name):
-        return self.tables[name]
+        return self.given.get(name, pa.table({}))
 
-    def sql(self, query):
-        return self.tables["rows"]
+    def _tables(self):
+        return self.given
+
+
+def at_end(runs, **values):
+    """Rows of an instrument at the only recorded step, of inputs of 4: one for every run."""
+    return [{"run": run["run"], "step": 1, "length": 4} | {name: v[i] for name, v in values.items()} for i, run in enumerate(runs)]
 
 
 def test_the_table_keeps_the_rows_of_settings_that_are_not_measured_and_counts_seeds() -> None:
-    rows = [{"label": "polynomial, d 20 @ 5", "run": f"r{i}", "x": 1.0, "y": y} for i, y in enumerate((0.5, 0.7, 0.9))]
-    rows += [{"label": "parity, no CoT @ 10", "run": f"s{i}", "x": 1.0, "y": 1.0} for i in range(2)]
-    figure, _ = table(ih.PUBLISHED)(Answers([{"run": "r", "task.length": n} for n in (5, 10)], rows))
-    measured, published = figure.axes
+    runs = [{"run": f"r{i}", "label": "polynomial, d 20", "task.length": 5} for i in range(3)]
+    runs += [{"run": f"s{i}", "label": "parity, no CoT", "task.length": 10} for i in range(2)]
+    store = Given(runs=runs, evaluate=at_end(runs, exact_match=(0.5, 0.7, 0.9, 1.0, 1.0)))
+    measured, published = table(ih.PUBLISHED)(store)[0].axes
     assert [t.get_text() for t in measured.get_yticklabels()] == list(ih.PUBLISHED)
-    half = interval([0.5, 0.7, 0.9], 0.95)[2] - 0.7
+    half = (interval([0.5, 0.7, 0.9], 0.95)[2] or 0) - 0.7
     assert {t.get_position(): t.get_text() for t in measured.texts} == {(0, 1): f"0.70\n±{half:.2f}, n 3", (1, 6): "1.00\nn 2"}
     assert len(published.texts) == 2 * len(ih.PUBLISHED)
 
@@ -276,10 +278,30 @@ def test_the_table_keeps_the_rows_of_settings_that_are_not_measured_and_counts_s
 @pytest.mark.parametrize(("c", "b"), [(16, 0.002), (2, 1.2), (80, 0.3)])
 def test_the_ticks_of_the_law_differ_and_its_axis_holds_the_widths_of_the_runs(c, b) -> None:
     widths = (12, 16, 20, 24, 32)
-    rows = [{"d": d, "n": n, "y": 1 / (1 + (c * n**b / d) ** 8)} for d in widths for n in (5, 10, 20) for _ in range(2)]
-    _, axes = law(Answers([], rows), draws=2)[0].axes
+    cells = [(d, n, seed) for d in widths for n in (5, 10, 20) for seed in (0, 1)]
+    fixed = {"task": "polynomial", "task.cot": True, "model.layers": 2}
+    runs = [{"run": f"{d} {n} {seed}", "model.d_model": d, "task.length": n} | fixed for d, n, seed in cells]
+    shares = [1 / (1 + (c * n**b / d) ** 8) for d, n, _ in cells]
+    _, axes = law(Given(runs=runs, evaluate=at_end(runs, exact_match=shares)), draws=2)[0].axes
     ticks = [t.get_text() for t in axes.get_yticklabels()]
     assert len(set(ticks)) == len(ticks) and {str(d) for d in widths} <= set(ticks) and axes.get_ylim() == (6, 64)
+
+
+def test_one_head_for_both_tasks_is_told_from_a_head_for_each() -> None:
+    """Run a: head 0 is peaked on both tasks. b: head 0 on one and head 1 on the other. c has rows of one task alone."""
+    peaks = {"a": {"polynomial": (0.9, 0.1), "parity": (0.8, 0.2)}, "b": {"polynomial": (0.9, 0.1), "parity": (0.2, 1.0)}}
+    peaks["c"] = {"polynomial": (0.1, 0.7)}
+    rows = [
+        {"run": run, "step": 1, "length": 4, "layer": 1, "head": head, "pattern": f"{task}.iteration_2", "peakiness": y}
+        for run, tasks in peaks.items() for task, of in tasks.items() for head, y in enumerate(of)
+    ]  # fmt: skip
+    rows += [row | {"pattern": "iteration_2", "peakiness": 0.5} for row in rows]
+    drawn = joint(Given(runs=[{"run": run, "label": run} for run in peaks], circuit=rows))[1].to_pylist()
+    found = {(row["quantity"], row["label"]): row["mean"] for row in drawn}
+    polynomial, parity, either = dict.fromkeys(row["quantity"] for row in drawn)
+    assert {run: found[polynomial, run] for run in "abc"} == {"a": 0.9, "b": 0.9, "c": 0.7}
+    assert {run: found.get((parity, run)) for run in "abc"} == {"a": 0.8, "b": 1.0, "c": None}
+    assert {run: found.get((either, run)) for run in "abc"} == {"a": 0.8, "b": 0.2, "c": None}
 
 
 def test_labels_are_sorted_by_their_numbers() -> None:

@@ -30,6 +30,7 @@ from elegans.figures.lines import (
     exact_match,
     lines,
     moment,
+    natural,
     panels,
     require,
     summary,
@@ -199,6 +200,26 @@ where {FETCH} group by all) join runs r using (run) group by all order by run, y
     draw_strips(axes[1], peaked, "peakiness of the sharpest head")
     axes[1].set_xlim(-0.03, 1.03)
     return figure, summary(peakiness=sharp)
+
+
+def joint(store: Store) -> Drawn:
+    """How peaked the sharpest head is on rows of each task, and the head that is sharpest on both: whether one serves both."""
+    of_heads = "select run, step, layer, head, {}y from (select run, step, layer, head, pattern, avg(peakiness) as y from circuit m where "
+    of_heads += "m.pattern like '{}.iteration_2' and " + f"m.length >= {LEAST} group by all) "
+    asked = {f"sharpest head, {name} rows": of_heads.format("", name) for name in ("polynomial", "parity")}
+    asked["the same head, rows of either"] = of_heads.format("min(y) as ", "%") + "group by run, step, layer, head having count(*) = 2"
+    require(store, "circuit")
+    made = {title: lines(store, f"({query})", "max(m.y)") for title, query in asked.items()}
+    seeds = {label: len(each.runs) for found in made.values() for label, each in found.items()}
+    labels = [(label, seeds[label]) for label in sorted(seeds, key=natural)]
+    figure, axes = panels(3, 1.0 + 0.2 * len(labels), sharey=True)
+    for each, (title, found) in zip(axes, made.items(), strict=True):
+        ends = {f"{label} ({n})": found[label].values[:, -1].tolist() if label in found else [] for label, n in labels}
+        draw_strips(each, ends, "peakiness", {k: f"{sum(v > PEAKED for v in vs)}/{len(vs)}" if vs else "" for k, vs in ends.items()})
+        each.set_xlim(-0.03, 1.03)
+        each.set_title(title.replace(", ", "\n"))
+    figure.supxlabel(f"right of each row: runs above {PEAKED:g}; the same head: peakiness on the task on which it is less", fontsize=6)
+    return figure, summary(**made)
 
 
 def forgetting(store: Store) -> Drawn:

@@ -312,12 +312,12 @@ def curricula(at: Scale) -> Made:
     return seeded(at, *sketched(*arms)), ()
 
 
-@part(iteration.heads)
+@part(iteration.joint)
 def joint(at: Scale) -> Made:
     """Trained on polynomial and parity at once, told apart by the first token: does one head serve both?
 
-    Shares of polynomial 1, 0.5 and 0 (a leaf) with 1 and 2 heads. A head that serves both tasks is peaked on all rows, one that
-    serves one task on half of them. Cost: 2 structures x 60 runs x 32,000 steps. Expect nothing published.
+    Shares of polynomial 1, 0.5 and 0 (a leaf) with 1 and 2 heads. Rows of each task are scored apart: a head that serves both is peaked on
+    rows of either. Cost: 2 structures x 60 runs x 32,000 steps. Expect nothing published.
     """
     mixtures = {w: pair(at, w) for w in (1.0, 0.5, 0.0)}
     arms = [setting(at, f"{w:.0%} polynomial, {h} heads", task, model(at.d_model, heads=h)) for h in (1, 2) for w, task in mixtures.items()]
