@@ -12,7 +12,7 @@ import pytest
 
 from elegans import replace
 from elegans.errors import Invalid, StoreError
-from elegans.figures.iteration import fit_law, half_ways, joint, law, table
+from elegans.figures.iteration import fit_law, forgetting, half_ways, joint, law, table
 from elegans.figures.lines import Lines, natural
 from elegans.figures.transfer import mean, passed, said, speed_ups
 from elegans.instruments import Circuit, measure
@@ -285,6 +285,14 @@ def test_the_ticks_of_the_law_differ_and_its_axis_holds_the_widths_of_the_runs(c
     _, axes = law(Given(runs=runs, evaluate=at_end(runs, exact_match=shares)), draws=2)[0].axes
     ticks = [t.get_text() for t in axes.get_yticklabels()]
     assert len(set(ticks)) == len(ticks) and {str(d) for d in widths} <= set(ticks) and axes.get_ylim() == (6, 64)
+
+
+def test_forgetting_draws_each_task_by_itself() -> None:
+    runs = [{"run": f"r{i}", "label": "all weights", "batch": 64, "train_set": 128} for i in range(2)]
+    rows = at_end(runs, task=("parity",) * 2, exact_match=(0.8, 1.0)) + at_end(runs, task=("polynomial",) * 2, exact_match=(0.1, 0.3))
+    rows += [row | {"length": length, "exact_match": 0.0} for row in rows for length in (3, None)]
+    drawn = forgetting(Given(runs=runs, evaluate=rows))[1].to_pylist()
+    assert [(row["quantity"], row["x"], round(row["mean"], 6)) for row in drawn] == [("new", 0.5, 0.9), ("old", 0.5, 0.2)]
 
 
 def test_one_head_for_both_tasks_is_told_from_a_head_for_each() -> None:

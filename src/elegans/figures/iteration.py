@@ -226,7 +226,7 @@ def forgetting(store: Store) -> Drawn:
     """Exact match on rows of the new task and of the parent's, each by itself, against epochs."""
     figure, axes = panels(2)
     tasks = {"parity, the new task": "m.task = 'parity'", "polynomial, the parent's": "m.task <> 'parity'"}
-    made = {title: lines(store, "evaluate", "avg(exact_match)", f"{where} and {COUNTED}") for title, where in tasks.items()}
+    made = {title: lines(store, "evaluate", "avg(exact_match)", f"{where} and m.length >= {LEAST}") for title, where in tasks.items()}
     new, old = made.values()
     for each, (title, found) in zip(axes, made.items(), strict=True):
         draw_lines(each, found, "exact match", moment(store)[1], of=colours(old))
