@@ -9,14 +9,14 @@ import elegans as el
 
 
 @el.spec
-class Lion(el.Optimizer):
-    """Lion (Chen et al. 2023), from optax."""
+class AdaBelief(el.Optimizer):
+    """AdaBelief (Zhuang et al. 2020), from optax."""
 
-    b1: float = el.field(0.9, "interpolation for the sign", ge=0, lt=1)
-    b2: float = el.field(0.99, "decay of the momentum", ge=0, lt=1)
+    b1: float = el.field(0.9, "decay of the gradient's mean", ge=0, lt=1)
+    b2: float = el.field(0.999, "decay of its distance from the mean, squared", ge=0, lt=1)
 
     def transform(self, lr, matrices):
-        return optax.lion(lr, self.b1, self.b2, weight_decay=0.0)
+        return optax.adabelief(lr, self.b1, self.b2)
 
 
 @el.spec
@@ -30,8 +30,8 @@ class Parabola(el.Schedule):
 run = el.Run(
     el.Addition(length=4),
     el.Transformer(layers=1, d_model=16, heads=2),
-    Lion(lr=3e-4, schedule=Parabola(warmup=0.1)),
+    AdaBelief(lr=3e-4, schedule=Parabola(warmup=0.1)),
     batch=32,
     steps=300,
 )
-study = el.Study(el.grid(run, {"optim.lr": [1e-4, 1e-3], "seed": [0, 1]}), name="lion")
+study = el.Study(el.grid(run, {"optim.lr": [1e-4, 1e-3], "seed": [0, 1]}), name="ada_belief")

@@ -115,7 +115,7 @@ def test_a_folder_with_other_things(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["good.yaml"]
 
 
-@pytest.mark.parametrize("command", [["ls"], ["sql", "select 1"], ["measure", "probe"], ["report"], ["export", "abc", "out"]])
+@pytest.mark.parametrize("command", [["ls"], ["sql", "select 1"], ["measure", "probe"], ["report"], ["draw"], ["export", "abc", "out"]])
 def test_no_store(command, tmp_path):
     name, *rest = command
     words = [name, rest[0], tmp_path / "none"] if name == "measure" else [name, tmp_path / "none", *rest]
@@ -127,6 +127,24 @@ def test_a_newer_store(tmp_path):
     (tmp_path / "good.yaml").write_text(GOOD)
     for words in (["ls", tmp_path], ["run", tmp_path / "good.yaml", "--store", tmp_path]):
         assert_refused(elegans(*words), "newer", "999")
+
+
+def test_nothing_to_draw(tmp_path):
+    """No study, an unknown one, no rows, and a folder that is a file: nothing is written."""
+    store, taken = tmp_path / "store", tmp_path / "taken"
+    (store / "cohorts").mkdir(parents=True)
+    (store / "format.json").write_text('{"format": 1}')
+    taken.write_text("mine")
+    for words, said in (
+        ([], ["no study", "--study"]),
+        (["--study", "cary"], ["study", "cary", "carry"]),
+        (["--study", "carry"], ["no rows"]),
+        (["--study", "iteration_heads.law"], ["no rows of evaluate"]),
+        ([taken, "--study", "carry"], ["folder", "taken"]),
+        ([taken / "below", "--study", "carry"], ["folder", "below"]),
+    ):
+        assert_refused(elegans("draw", store, *words), *said)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["cohorts", "format.json", "store", "taken"] and taken.read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from jax.interpreters import partial_eval
 import elegans
 from elegans import (
     MLP,
+    SGD,
     WSD,
     ActivitySelection,
     AdamW,
@@ -44,6 +45,7 @@ from elegans import (
     LayerNorm,
     Learned,
     Linear,
+    Lion,
     LogSpaced,
     LongestCommonSubsequence,
     Majority,
@@ -146,6 +148,7 @@ SIZED = (ActivitySelection, BitParity, InnerProduct, LongestCommonSubsequence, M
 SHORT = (BinaryCopy(length=4, split=Split(0.5, 0.25)), Parity(length=5, split=Split(0.5, 0.25)))
 ANY_MIX = {"tag": [True], "split": [Split(0.6, 0.2)]}
 APART = ("label", "after", "after_step")  # a note, and what decides the weights that the engine is given: see the end
+OPTIMISED: dict[str, list] = {"lr": [0.2], "clip": [0.01, None], "schedule": [Linear(), WSD()]}
 CASES: dict[type[Spec], dict[str, list[Pair]]] = {
     Addition: at("task", {"length": [4], "cot": [True], "inputs": ["msb"], "outputs": ["msb"], "split": [None, Split(0.8, 0.1)]}),
     **{kind: iterative(kind(length=5, shortest=2)) for kind in (Parity, BinaryCopy)},
@@ -194,6 +197,8 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
             **{"b1": [0.5], "b2": [0.5], "eps": [0.1], "decay": ["matrices"]},
         },
     ),
+    SGD: at("optim", OPTIMISED | {"momentum": [0.5], "nesterov": [True], "weight_decay": [0.2]}, on("optim", SGD(lr=0.1))),
+    Lion: at("optim", OPTIMISED | {"b1": [0.5], "b2": [0.5], "weight_decay": [0.2]}, on("optim", Lion(lr=0.1))),
     Constant: scheduled(Constant, {}),
     Cosine: scheduled(Cosine, {"end": [0.5]}),
     Linear: scheduled(Linear, {"end": [0.5]}),
@@ -380,7 +385,8 @@ def live(run: Run) -> frozenset[str]:
 
     def whole(run: Run) -> Any:
         data = draw_data(run, task)
-        state, metrics = advance(run, start(run), jnp.int32(2), data)
+        two = jnp.array([2, 3])  # steps: what the first one leaves in the optimiser's state shows in the second
+        state, metrics = jax.lax.scan(lambda state, step: advance(run, state, step, data), start(run), two)
         return state.params, metrics["loss"], draw_held_out(run, task).validation.tokens
 
     closed = jax.make_jaxpr(whole)(as_arrays(run))

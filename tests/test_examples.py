@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import pyarrow.csv
 import pytest
 
 from running import elegans
@@ -55,13 +56,25 @@ def test_new_update(tmp_path):
 
 def test_new_optimizer(tmp_path):
     rows = run("new_optimizer.py", tmp_path / "store", "seed=0")
-    assert {row["optim"] for row in rows} == {"lion"} and len({row["loss"] for row in rows}) == 2
+    assert {row["optim"] for row in rows} == {"ada_belief"} and len({row["loss"] for row in rows}) == 2
 
 
 def test_new_instrument(tmp_path):
     run("new_instrument.py", tmp_path / "store", "seed=0")
     rows = json.loads(elegans("sql", tmp_path / "store", "select * from stream_length", "--json").out)
     assert {row["site"] for row in rows} == {"resid.0", "resid.1"} and all(row["length"] > 0 for row in rows)
+
+
+def test_new_figure(tmp_path):
+    """Its own figure and its numbers; without the file the store's study is unknown; with another's, what any store has is drawn."""
+    rows = run("new_figure.py", tmp_path / "store", "seed=0")
+    answer = elegans("draw", tmp_path / "store", tmp_path / "figures", "--study", EXAMPLES / "new_figure.py")
+    assert answer.out.split() == [str(tmp_path / "figures" / f"rates.{end}") for end in ("png", "pdf", "csv")], answer.err
+    table = pyarrow.csv.read_csv(tmp_path / "figures" / "rates.csv")
+    assert sorted(table["lr"].to_pylist()) == sorted(row["optim.lr"] for row in rows) and table.column_names == ["lr", "seed", "loss"]
+    assert "'new_figure' is none that ships" in elegans("draw", tmp_path / "store").err
+    general = elegans("draw", tmp_path / "store", "--study", "carry").out.split()
+    assert str(tmp_path / "store" / "figures" / "loss.png") in general and all(Path(file).stat().st_size for file in general)
 
 
 def test_yaml_and_look_inside(tmp_path, capsys):

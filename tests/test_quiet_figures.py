@@ -107,7 +107,7 @@ def test_an_ablation_figure_without_rows_says_so() -> None:
 
 
 def test_the_study_draws_every_figure_and_the_ablation_table(within, tmp_path) -> None:
-    files = draw(within.path, tmp_path)
+    files = draw(within, tmp_path)
     assert {f.name for f in files} == {f"{n}.{k}" for n in ("scaling", "quiet", "loud", "ablation") for k in ("png", "pdf")} | {
         "ablation.csv",
         "ablation.md",

@@ -7,6 +7,7 @@ from typing import Any
 
 _HOME = {
     "errors": "Invalid StoreError",
+    "figures": "drawing",
     "instruments": "Ablate AcrossCompute AttentionMaps Circuit Dynamics Evaluate Instrument Layout Patch Probe ReplicaInstrument Scaling "
     "StoreInstrument Transition graft measure ov qk step_table",
     "models": "ALiBi Attention Component Context FeedForward FixedAttention GivenAttention LayerNorm Learned MLP Mixer Model Norm "
@@ -14,11 +15,11 @@ _HOME = {
     "network": "Network load",
     "specs": "Spec field fields grid identity note replace spec structure varies",
     "store": "Store",
-    "study": "Study run_study train",
+    "study": "Study draw_study run_study train",
     "tasks": "ActivitySelection Addition BinaryCopy BitParity BreadthFirstSearch Curriculum DepthFirstSearch GraphTask InnerProduct "
     "IterativeTask LongestCommonSubsequence Majority MajorityOfMajority MaximumSubarray MinimumSpanningTree Mixture "
     "Multiplication Parity Polynomial Several ShortestPath Sorting Split Task TopologicalSort",
-    "training": "AdamW At Constant Cosine Every Linear LogSpaced Optimizer Record Run Schedule State Update WSD When follow",
+    "training": "AdamW At Constant Cosine Every Linear Lion LogSpaced Optimizer Record Run SGD Schedule State Update WSD When follow",
     "types": "Example Trace Truth",
 }
 _WHERE = {name: f"elegans.{module}" for module, names in _HOME.items() for name in names.split()}

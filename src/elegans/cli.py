@@ -141,6 +141,25 @@ def report(store: StoreArg, with_: With = None) -> None:
     print(pages.write(Store(store)).resolve())
 
 
+@app.command(epilog="Example: elegans draw runs/iteration_heads figures")
+def draw(
+    store: StoreArg,
+    folder: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="Where to write them; default STORE/figures.")] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="FILE|NAME", help="Whose figures, as for run; default: of the study that ended in the store.")
+    ] = None,
+    with_: With = None,
+) -> None:
+    """Draw the figures of a store's study as PNG and PDF, their numbers as CSV where it says which, and print the paths."""
+    from elegans.loading import study_of
+    from elegans.store import Store
+    from elegans.study import draw_study
+
+    _load(with_)
+    for file in draw_study(study_of(Store(store), study), store, folder or store / "figures"):
+        print(file)
+
+
 @app.command(epilog="Example: elegans export runs/carry 3fa1 out/")
 def export(
     store: StoreArg, run: Annotated[str, typer.Argument(help="A run's id, or its start.")], folder: Path, with_: With = None

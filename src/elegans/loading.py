@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from elegans import specs, studies
-from elegans.errors import Invalid
+from elegans.errors import Invalid, StoreError
+from elegans.store import Store
 from elegans.study import Study
 from elegans.training.run import Run
 
@@ -43,6 +45,20 @@ def _part(module: Any, name: str, part: str, small: bool) -> Study:
     if part not in parts:
         raise Invalid("study", name, f"allowed: {', '.join(parts) or 'the study alone, which has no parts'}")
     return parts[part](small)
+
+
+def study_of(store: Store, name: str | None = None) -> Study:
+    """The study that a store says it is from, or the one that is named, as for `load_study`; NAME_small is its small version.
+
+    Raises `Invalid`, or `StoreError` where the store's is none that ships.
+    """
+    noted = store.path / "study.json"
+    if name is None and not noted.exists():
+        raise StoreError(f"{store.path}: no study ended here; say which to draw with --study")
+    said = str(json.loads(noted.read_text(encoding="utf-8"))["name"]) if name is None else name
+    if name is None and said.removesuffix("_small").partition(".")[0] not in studies.names():
+        raise StoreError(f"{store.path}: its study {said!r} is none that ships; give its file with --study")
+    return load_study(said.removesuffix("_small"), said.endswith("_small"))
 
 
 def load_module(path: Path) -> Any:

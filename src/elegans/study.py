@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from elegans import report, specs
 from elegans.errors import Invalid, StoreError
+from elegans.figures import Drawing, save_paper_figures
 from elegans.files import write_json
 from elegans.folder import Cohort
 from elegans.instruments.base import Instrument, ReplicaInstrument, measure, silent
@@ -48,6 +49,7 @@ class Study:
     name: str = "study"
     question: str = ""
     keep: Callable[[Run], bool] | None = None  # which runs belong, after overrides too; none: all
+    figures: Drawing | None = None  # draws its store, see `drawing`; none: what can be drawn of any store
 
     def override(self, axes: Mapping[str, Sequence[Any]]) -> Study:
         """The study with fields of every run replaced; several values of a field sweep it. Equal runs become one.
@@ -127,6 +129,23 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
             measure(other, store, listener)
     listener("report", store.path)
     return report.write(store)
+
+
+def draw_study(study: Study, path: str | Path, folder: str | Path) -> list[Path]:
+    """Draw a study's figures from a store into a folder; return the files.
+
+    Of a store that several studies share only the study's own runs are drawn; where it has none of them, as after overrides, all are.
+    Raises `Invalid` or `StoreError`, before anything is written, where nothing can be drawn.
+    """
+    store, folder = Store(path), Path(folder)
+    if any(p.exists() and not p.is_dir() for p in (folder, *folder.parents)):
+        raise Invalid("folder", str(folder), "allowed: a folder, there already or not")
+    there = {line["run"] for line in store.lines()}
+    own = [run for run in study.runs if run.id in there]
+    files = (study.figures or save_paper_figures)(store.only(own) if own else store, folder)
+    if not files:
+        raise StoreError(f"{store.path}: no rows to draw; let runs end first")
+    return files
 
 
 def train(

@@ -9,12 +9,15 @@ from elegans.errors import Invalid
 from elegans.instruments import AttentionMaps, Circuit, Dynamics
 from elegans.instruments.attention import labels_of
 from elegans.instruments.circuit import summary
-from elegans.instruments.patterns import EVERYWHERE, names_of, targets
+from elegans.instruments.patterns import EVERYWHERE, maps_of, names_of, targets
 from elegans.models.iterator import HEADS, IDLE_HEADS
 from elegans.models.transformer import Transformer
+from elegans.randomness import Purpose, key_for
 from elegans.specs import spec
-from elegans.tasks import Addition, Parity
+from elegans.tasks import Addition, BinaryCopy, Curriculum, Mixture, Parity
+from elegans.tasks.sampling import draw_set, prepare
 from elegans.training import Run
+from elegans.training.optimisers import ravel
 from elegans.types import Example, Truth
 from iterating import NETWORKS, RUNS, TASK, held_out, measured
 
@@ -56,6 +59,52 @@ def test_a_rows_iteration_is_that_of_its_task():
     assert found("parity.input", 4, 5) == [[no] * 5 + [4, 4, no], [no] * 4 + [2, 3, no, no]]
     assert found("input", 3, 4) == [[no] * 4 + [3, 3, no, no], [no] * 3 + [1, 2, no, no, no]]  # without that token
     assert found("input", 1, 2) == [[no] * 8] * 2  # read at the inputs themselves
+
+
+MIXED = Mixture(tasks=(TASK, BinaryCopy(length=3, shortest=1, split=None)), weights=(0.3, 0.7))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """The rows that a run of it is measured on, with what patterns say of them."""
+
+    def made():
+        rows = draw_set(MIXED, "test", key_for(0, Purpose.INSTRUMENT), ROWS, prepare(MIXED))
+        return rows.tokens, jax.vmap(lambda row: targets(MIXED, row))(rows)
+
+    return jax.device_get(jax.jit(made)())
+
+
+def test_patterns_of_a_mixture_are_there_for_rows_of_each_task_apart(mixed):
+    """A row's first token tells its task."""
+    tokens, made = mixed
+    of_parity = tokens[:, 0] == MIXED.symbols.index("P")
+    assert 0 < of_parity.sum() < ROWS and len(made) == 2 * 3 + 5
+    for name in ("iteration_1", "iteration_2"):
+        np.testing.assert_array_equal(made[f"parity.{name}"], np.where(of_parity[:, None], made[name], -1))
+        np.testing.assert_array_equal(made[f"binary_copy.{name}"], np.where(of_parity[:, None], -1, made[name]))
+    assert "parity.iteration_2" not in names_of(Run(MIXED.tasks[0], Transformer(layers=1, d_model=8, heads=1), steps=1))
+    lone = Curriculum(tasks=MIXED.tasks, ends=(0.5,))  # held-out rows are of the last task alone
+    assert names_of(Run(lone, Transformer(layers=1, d_model=8, heads=1), steps=1))[:3] == ("iteration_1", "iteration_2", "first")
+
+
+def test_a_head_is_scored_on_the_rows_of_each_task_by_plain_loops(mixed):
+    """On an untrained network: what the query before s_t gives to x_t, places read off the text."""
+    model = Transformer(layers=1, d_model=8, heads=2, init_std=0.5)
+    run = Run(MIXED, model, steps=1)
+    params = model.init(jax.random.key(0), MIXED.vocab_size, MIXED.positions)
+    asked = "iteration_2", "parity.iteration_2", "binary_copy.iteration_2"
+    instrument = Circuit(patterns=asked, examples=ROWS, by_length=False)
+    (table,) = instrument._over({run.id: run}, [(run.id, 1, np.asarray(ravel(params)))], lambda *_: None)
+    made = table.to_pandas().set_index(["pattern", "head"])["attention"]
+    maps = np.asarray(jax.jit(lambda: maps_of(run, params, jnp.asarray(mixed[0])))())[:, 0]
+    found = {"P": [], "C": []}
+    for text, attention in zip(map(MIXED.text, mixed[0]), maps, strict=True):
+        length = text.index(":") - 1
+        found[text[0]] += [attention[:, length + t, t] for t in range(1, length + 1)]
+    for head in (0, 1):
+        for name, values in zip(asked, (found["P"] + found["C"], found["P"], found["C"]), strict=True):
+            assert made[name, head] == pytest.approx(np.mean(values, 0)[head], rel=1e-5)
 
 
 @pytest.mark.parametrize("padding", [0, 1])

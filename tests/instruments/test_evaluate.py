@@ -82,7 +82,7 @@ def test_scores_on_another_task_are_counted_row_by_row():
 def test_a_task_without_lengths_has_one_row_a_network():
     lent = dataclasses.replace(RUNS["perfect"], task=Mixture(tasks=(TASK, Addition(length=2, split=None)), weights=(1, 0)))
     layouts = Evaluate(task=Addition(length=2, split=None)).layouts(lent)
-    assert {name: len(layout.columns()["task"]) for name, layout in layouts.items()} == {"all": 1}
+    assert {name: len(layout.columns()["task"]) for name, layout in layouts.items()} == {"addition, all": 1}
 
 
 def test_what_a_network_cannot_read_is_refused():
@@ -106,6 +106,19 @@ def test_without_a_task_it_is_the_parents_and_runs_without_parents_are_left_out(
     assert made.loc[[i for i, run in runs.items() if run.after and run.after.task.kind == "renamed"], "exact_match"].tolist() == [1]
     latch = np.mean([all(parity_on(text)) for text in texts(on(Latch))])
     assert made["exact_match"].min() == pytest.approx(latch)
+
+
+def test_of_a_mixture_each_task_apart_also_of_weight_0():
+    """The hand-made network on parity as it is, and on a language that it has often wrong."""
+    mixed = Mixture(tasks=(on(Parity, length=3), on(Latch)), weights=(1, 0))
+    run = dataclasses.replace(RUNS["perfect"], task=mixed)
+    networks = [(run.id, 2, np.asarray(ravel(PERFECT)))]
+    made = pd.concat([t.to_pandas() for t in Evaluate(own=True, apart="tasks", examples=ROWS)._over({run.id: run}, networks, print)])
+    whole = made[made["length"].isna()].set_index("task")["exact_match"]
+    latch = np.mean([all(parity_on(text)) for text in texts(mixed.alone(1))])
+    assert whole.to_dict() == {"parity": 1, "latch": pytest.approx(latch)} and 0.1 < latch < 0.9
+    assert set(made.loc[made["task"] == "parity", "length"].dropna()) == {1, 2, 3}
+    assert all(text.startswith("<latch> ") for text in texts(dataclasses.replace(mixed, tag=True).alone(1), 8))
 
 
 def test_its_own_task_is_that_of_each_run():

@@ -1,32 +1,37 @@
 """The study of iteration heads: its runs are those of the page, chain of thought emerges against its controls, figures draw the rows."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.csv
 import pytest
 
 from elegans import replace
 from elegans.errors import Invalid, StoreError
-from elegans.figures.iteration import fit_law, half_ways, speed_ups
+from elegans.figures.iteration import fit_law, forgetting, half_ways, joint, law, table
 from elegans.figures.lines import Lines, natural
+from elegans.figures.transfer import mean, passed, said, speed_ups
 from elegans.instruments import Circuit, measure
 from elegans.instruments.crossings import interval
-from elegans.loading import load_study
+from elegans.loading import load_study, study_of
 from elegans.store import Store
 from elegans.studies import iteration_heads as ih
-from elegans.study import run_study, train
+from elegans.study import Study, draw_study, run_study, train
 from elegans.tasks import BinaryCopy, Split
 from elegans.training import At
 from elegans.training.cohort import group
 from elegans.training.cost import parameters
 from elegans.training.transfer import lineage
+from running import elegans
 
 STRUCTURES = {  # and runs, parents included: counted from the page and the docstrings
-    "emergence": (3, 60), "width": (35, 700), "transfer": (2, 80), "finetune": (4, 80), "patching": (1, 20), "law": (20, 200),
+    "emergence": (3, 60), "width": (35, 700), "transfer": (2, 80), "finetune": (4, 100), "patching": (1, 20), "law": (20, 200),
     "freezing": (11, 110), "forgetting": (3, 80), "sharpening": (1, 40), "subtraction": (1, 20), "excess": (9, 90),
-    "positions": (12, 120), "optimiser": (4, 320), "generalisation": (5, 120), "curricula": (4, 240), "joint": (2, 120), "mixing": (1, 120),
+    "positions": (12, 120), "optimiser": (6, 400), "generalisation": (5, 120), "curricula": (4, 240), "joint": (2, 120), "mixing": (1, 120),
 }  # fmt: skip
 
 
@@ -73,7 +78,7 @@ def test_children_of_transfer_start_after_200_epochs_of_their_own_seed() -> None
 
 
 def test_every_part_is_counted_and_an_unknown_one_is_refused() -> None:
-    assert set(STRUCTURES) == set(ih.PARTS) == set(ih.FIGURES)
+    assert set(STRUCTURES) == set(ih.PARTS) and all(ih.PARTS[name](True).figures for name in STRUCTURES)
     assert load_study("iteration_heads").name == "iteration_heads" and load_study("iteration_heads", True).name == "iteration_heads_small"
     for name in ("iteration_heads.nothing", "carry.width"):
         with pytest.raises(Invalid, match="allowed"):
@@ -101,6 +106,10 @@ def tiny(tmp_path_factory):
         runs = ih.seeded(at, replace(ih.setting(at, label, task), "record.weights", At()))
         stores[label] = train(runs, folder / "store").only(runs)
     return stores
+
+
+def specs_of(store):
+    return [run for cohort in store.cohorts() for run in cohort.specs()]
 
 
 def final(store):
@@ -134,10 +143,10 @@ def test_an_iteration_head_emerges_with_it(tiny) -> None:
     assert first.max() < 0.02 and last.mean() > 0.25 and last.min() > first.max()
 
 
-def test_a_figure_draws_the_rows(tiny, tmp_path) -> None:
-    files = ih.draw(tiny["CoT"].path, tmp_path, "iteration_heads.positions")
+def test_a_figure_draws_the_rows_of_its_own_runs(tiny, tmp_path) -> None:
+    files = draw_study(Study(specs_of(tiny["CoT"]), figures=ih.PARTS["positions"](True).figures), tiny["CoT"].path, tmp_path)
     assert [f.name for f in files] == ["positions.png", "positions.pdf", "positions.csv"] and all(f.stat().st_size for f in files)
-    row, _ = [r for r in pyarrow.csv.read_csv(files[-1]).to_pylist() if r["quantity"] == "test_exact_match"]
+    (row,) = [r for r in pyarrow.csv.read_csv(files[-1]).to_pylist() if r["quantity"] == "test_exact_match"]
     mean, low, high = interval(final(tiny["CoT"]), 0.95)
     assert (row["label"], row["x"], row["runs"]) == ("CoT", 5, 4)
     np.testing.assert_allclose((row["mean"], row["low"], row["high"]), (mean, low, high), rtol=1e-5)
@@ -148,7 +157,8 @@ def test_the_small_study_shows_emergence_and_draws_it(tmp_path) -> None:
     """4 seeds each. With CoT, exact match and layer-2 peakiness rise within a tenth of the run of each other in most seeds; without CoT
     exact match stays, and with one layer peakiness does: every seed with CoT is above every seed of a control (1 in 70 by chance)."""
     run_study(load_study("iteration_heads", True), tmp_path / "store")
-    files = ih.draw(tmp_path / "store", tmp_path / "figures")
+    answer = elegans("draw", tmp_path / "store", tmp_path / "figures")
+    files = [Path(line) for line in answer.out.split()]
     assert [f.name for f in files] == ["emergence.png", "emergence.pdf", "emergence.csv"]
     store = Store(tmp_path / "store")
     last = "select label, max_by(y, step) as y from runs r join ({}) m using (run) group by label, run"
@@ -196,15 +206,110 @@ def test_half_ways_are_of_runs_in_which_both_get_there() -> None:
     assert half_ways(exact, peaked) == {"CoT": [((10, 20), (0, 10))]}
 
 
-def test_a_store_in_which_no_study_ended_asks_for_a_part(tiny, tmp_path) -> None:
-    with pytest.raises(StoreError, match="say which part"):
-        ih.draw(tiny["CoT"].path, tmp_path)
+def test_the_store_says_which_study_to_draw_and_small_ones_are_told_apart(tmp_path) -> None:
+    store = Store.create(tmp_path / "store")
+    for name in ("iteration_heads", "iteration_heads_small", "iteration_heads.law_small", "quiet_features_small", "carry"):
+        (store.path / "study.json").write_text(json.dumps({"name": name}))
+        assert study_of(store).name == name and study_of(store, "iteration_heads.width").name == "iteration_heads.width"
 
 
-def test_speed_ups_are_of_seeds_that_get_there_both_ways() -> None:
-    found = speed_ups({0: 600.0, 1: 800.0, 2: None, 3: 500.0}, {0: 20.0, 1: 40.0, 2: 10.0, 3: None}, 180)
-    np.testing.assert_allclose(10 ** np.array(found["counting 0 before"]), [30, 20])
-    np.testing.assert_allclose(10 ** np.array(found["counting 180 before"]), [3, 800 / 220])
+def test_a_store_in_which_no_study_ended_or_none_that_ships_asks_for_one(tmp_path) -> None:
+    store = Store.create(tmp_path / "store")
+    with pytest.raises(StoreError, match="no study ended here; say which to draw with --study"):
+        study_of(store)
+    (store.path / "study.json").write_text(json.dumps({"name": "mine"}))
+    with pytest.raises(StoreError, match="'mine' is none that ships; give its file with --study"):
+        study_of(store)
+
+
+def test_speed_ups_are_of_seeds_that_get_there_both_ways_and_bounded_by_the_recordings() -> None:
+    inf = math.inf
+    found = speed_ups({0: (500, 600), 1: (700, 800), 2: None, 3: (1, 2)}, {0: (0, 20), 1: (20, 40), 2: (0, 10), 3: None}, 180)
+    assert list(found) == ["its own epochs alone", "with the 180 before"]
+    np.testing.assert_allclose(10 ** np.array(found["its own epochs alone"]), [(500 / 20, inf), (700 / 40, 800 / 20)])
+    np.testing.assert_allclose(10 ** np.array(found["with the 180 before"]), [(500 / 200, 600 / 180), (700 / 220, 800 / 200)])
+    lines = Lines(np.array([0.0, 2.0, 4.0]), np.array([[0, 0.5, 1], [0, 1, 1], [1, 1, 1], [0, 1, 0.5]]), tuple("abcd"))
+    assert passed(lines) == [(2, 4), (0, 2), (0, 2), None]
+
+
+def test_a_mean_ratio_with_seeds_known_from_one_side_is_a_bound() -> None:
+    """Whatever the seeds' ratios are within their brackets, the mean is in what is said."""
+    inf, known = math.inf, [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0)]
+    middle, least, most = mean(known), mean([*known[:2], (2.0, inf)]), mean([*known[:2], (-inf, 3.0)])
+    assert middle["bound"] is None and math.isclose(middle["mean"], 10**1.5)
+    assert least["bound"] == "at least" and math.isclose(least["mean"], 10**1.0) and least["high"] is None
+    assert most["bound"] == "at most" and math.isclose(most["mean"], 10**2.0) and most["low"] is None
+    assert math.isclose(least["low"], middle["low"]) and math.isclose(most["high"], middle["high"])
+    assert mean([(0.0, inf), (-inf, 1.0)])["mean"] is None and mean(known[:2])["low"] is None
+    assert (
+        said(**least).startswith("at least 10 x [") and said(**least).endswith("\u221e)") and said(**mean([(0.0, inf)])) == "at least 1 x"
+    )
+
+
+class Given(Store):
+    """A store of given tables, rows by name."""
+
+    def __init__(self, **tables):
+        self.given = {name: pa.Table.from_pylist(rows) for name, rows in tables.items()}
+
+    def table(self, name):
+        return self.given.get(name, pa.table({}))
+
+    def _tables(self):
+        return self.given
+
+
+def at_end(runs, **values):
+    """Rows of an instrument at the only recorded step, of inputs of 4: one for every run."""
+    return [{"run": run["run"], "step": 1, "length": 4} | {name: v[i] for name, v in values.items()} for i, run in enumerate(runs)]
+
+
+def test_the_table_keeps_the_rows_of_settings_that_are_not_measured_and_counts_seeds() -> None:
+    runs = [{"run": f"r{i}", "label": "polynomial, d 20", "task.length": 5} for i in range(3)]
+    runs += [{"run": f"s{i}", "label": "parity, no CoT", "task.length": 10} for i in range(2)]
+    store = Given(runs=runs, evaluate=at_end(runs, exact_match=(0.5, 0.7, 0.9, 1.0, 1.0)))
+    measured, published = table(ih.PUBLISHED)(store)[0].axes
+    assert [t.get_text() for t in measured.get_yticklabels()] == list(ih.PUBLISHED)
+    half = (interval([0.5, 0.7, 0.9], 0.95)[2] or 0) - 0.7
+    assert {t.get_position(): t.get_text() for t in measured.texts} == {(0, 1): f"0.70\n±{half:.2f}, n 3", (1, 6): "1.00\nn 2"}
+    assert len(published.texts) == 2 * len(ih.PUBLISHED)
+
+
+@pytest.mark.parametrize(("c", "b"), [(16, 0.002), (2, 1.2), (80, 0.3)])
+def test_the_ticks_of_the_law_differ_and_its_axis_holds_the_widths_of_the_runs(c, b) -> None:
+    widths = (12, 16, 20, 24, 32)
+    cells = [(d, n, seed) for d in widths for n in (5, 10, 20) for seed in (0, 1)]
+    fixed = {"task": "polynomial", "task.cot": True, "model.layers": 2}
+    runs = [{"run": f"{d} {n} {seed}", "model.d_model": d, "task.length": n} | fixed for d, n, seed in cells]
+    shares = [1 / (1 + (c * n**b / d) ** 8) for d, n, _ in cells]
+    _, axes = law(Given(runs=runs, evaluate=at_end(runs, exact_match=shares)), draws=2)[0].axes
+    ticks = [t.get_text() for t in axes.get_yticklabels()]
+    assert len(set(ticks)) == len(ticks) and {str(d) for d in widths} <= set(ticks) and axes.get_ylim() == (6, 64)
+
+
+def test_forgetting_draws_each_task_by_itself() -> None:
+    runs = [{"run": f"r{i}", "label": "all weights", "batch": 64, "train_set": 128} for i in range(2)]
+    rows = at_end(runs, task=("parity",) * 2, exact_match=(0.8, 1.0)) + at_end(runs, task=("polynomial",) * 2, exact_match=(0.1, 0.3))
+    rows += [row | {"length": length, "exact_match": 0.0} for row in rows for length in (3, None)]
+    drawn = forgetting(Given(runs=runs, evaluate=rows))[1].to_pylist()
+    assert [(row["quantity"], row["x"], round(row["mean"], 6)) for row in drawn] == [("new", 0.5, 0.9), ("old", 0.5, 0.2)]
+
+
+def test_one_head_for_both_tasks_is_told_from_a_head_for_each() -> None:
+    """Run a: head 0 is peaked on both tasks. b: head 0 on one and head 1 on the other. c has rows of one task alone."""
+    peaks = {"a": {"polynomial": (0.9, 0.1), "parity": (0.8, 0.2)}, "b": {"polynomial": (0.9, 0.1), "parity": (0.2, 1.0)}}
+    peaks["c"] = {"polynomial": (0.1, 0.7)}
+    rows = [
+        {"run": run, "step": 1, "length": 4, "layer": 1, "head": head, "pattern": f"{task}.iteration_2", "peakiness": y}
+        for run, tasks in peaks.items() for task, of in tasks.items() for head, y in enumerate(of)
+    ]  # fmt: skip
+    rows += [row | {"pattern": "iteration_2", "peakiness": 0.5} for row in rows]
+    drawn = joint(Given(runs=[{"run": run, "label": run} for run in peaks], circuit=rows))[1].to_pylist()
+    found = {(row["quantity"], row["label"]): row["mean"] for row in drawn}
+    polynomial, parity, either = dict.fromkeys(row["quantity"] for row in drawn)
+    assert {run: found[polynomial, run] for run in "abc"} == {"a": 0.9, "b": 0.9, "c": 0.7}
+    assert {run: found.get((parity, run)) for run in "abc"} == {"a": 0.8, "b": 1.0, "c": None}
+    assert {run: found.get((either, run)) for run in "abc"} == {"a": 0.8, "b": 0.2, "c": None}
 
 
 def test_labels_are_sorted_by_their_numbers() -> None:

@@ -1,4 +1,4 @@
-"""AdamW and the schedules against closed forms in float64 NumPy."""
+"""Optimisers and schedules against closed forms in float64 NumPy."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elegans import WSD, AdamW, Constant, Cosine, Linear, Schedule
+from elegans import SGD, WSD, AdamW, Constant, Cosine, Linear, Lion, Optimizer, Schedule
 from elegans.training.optimisers import ravel, unravel
 
 STEPS = 20
@@ -34,19 +34,45 @@ def factor_of(schedule: Schedule, step: int, steps: int) -> float:
     return 1.0
 
 
+def clipped(optim: Optimizer, g: np.ndarray) -> np.ndarray:
+    norm = math.sqrt((g**2).sum())
+    return g * optim.clip / norm if optim.clip is not None and norm > optim.clip else g
+
+
 def adamw(optim: AdamW, p: np.ndarray, gradients: np.ndarray) -> list[np.ndarray]:
     """Parameters after every step."""
     m = v = np.zeros_like(p)
     path = []
-    for step, g in enumerate(gradients):
-        norm = math.sqrt((g**2).sum())
-        g = g * optim.clip / norm if optim.clip is not None and norm > optim.clip else g
+    for step, g in enumerate(clipped(optim, g) for g in gradients):
         m = optim.b1 * m + (1 - optim.b1) * g
         v = optim.b2 * v + (1 - optim.b2) * g**2
         mean, square = m / (1 - optim.b1 ** (step + 1)), v / (1 - optim.b2 ** (step + 1))
         decaying = p * (IN_MATRIX if optim.decay == "matrices" else 1)
         rate = optim.lr * factor_of(optim.schedule, step, len(gradients))
         p = p - rate * (mean / (np.sqrt(square) + optim.eps) + optim.weight_decay * decaying)
+        path.append(p)
+    return path
+
+
+def sgd(optim: SGD, p: np.ndarray, gradients: np.ndarray) -> list[np.ndarray]:
+    """Parameters after every step: velocities are written out as sums over all gradients so far."""
+    path, g = [], np.array([clipped(optim, g) for g in gradients])
+    for step in range(len(g)):
+        ages = step - np.arange(step + 1)
+        weights = optim.momentum ** (ages + 1.0) + (ages == 0) if optim.nesterov else optim.momentum**ages
+        rate = optim.lr * factor_of(optim.schedule, step, len(g))
+        p = (1 - rate * optim.weight_decay) * p - rate * (weights[:, None] * g[: step + 1]).sum(0)
+        path.append(p)
+    return path
+
+
+def lion(optim: Lion, p: np.ndarray, gradients: np.ndarray) -> list[np.ndarray]:
+    """Parameters after every step: the momentum as a sum over all gradients before."""
+    path, g = [], np.array([clipped(optim, g) for g in gradients])
+    for step in range(len(g)):
+        m = ((1 - optim.b2) * optim.b2 ** (step - 1.0 - np.arange(step))[:, None] * g[:step]).sum(0)
+        rate = optim.lr * factor_of(optim.schedule, step, len(g))
+        p = (1 - rate * optim.weight_decay) * p - rate * np.sign(optim.b1 * m + (1 - optim.b1) * g[step])
         path.append(p)
     return path
 
@@ -64,7 +90,7 @@ def random_problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return p, gradients.astype(np.float32).astype(np.float64)
 
 
-# ---- AdamW
+# ---- optimisers
 
 WARM = Cosine(warmup=0.25, start=0.1, end=0.2)
 OPTIMISERS = {
@@ -74,17 +100,23 @@ OPTIMISERS = {
     "clipping, matrices decay": AdamW(lr=0.1, clip=0.5, weight_decay=0.3, decay="matrices", schedule=WARM),
     "other moments": AdamW(lr=0.03, b1=0.5, b2=0.7, eps=0.1, weight_decay=0.0, schedule=Linear()),
     "no moments": AdamW(lr=0.03, b1=0.0, b2=0.0, eps=1.0, schedule=WSD(decay=0.5)),
+    "SGD": SGD(lr=0.1, clip=None),
+    "SGD, plain": SGD(lr=0.1, momentum=0.0, weight_decay=0.3, schedule=WARM),
+    "SGD, Nesterov": SGD(lr=0.03, momentum=0.8, nesterov=True, weight_decay=0.3, clip=0.5, schedule=Linear()),
+    "Lion": Lion(lr=0.01),
+    "Lion, decay": Lion(lr=0.03, b1=0.5, b2=0.8, weight_decay=0.3, clip=None, schedule=WARM),
 }
+ORACLES = {AdamW: adamw, SGD: sgd, Lion: lion}
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_adamw_is_its_formula(name) -> None:
+def test_optimisers_are_their_formulas(name) -> None:
     optim = OPTIMISERS[name]
     p, gradients = random_problem(0)
     params = jnp.asarray(p, jnp.float32)
     state = optim.init(params, tree_of(p))
     update = jax.jit(lambda optim, g, state, params, step: optim.update(g, state, params, step, STEPS))
-    for step, expected in enumerate(adamw(optim, p, gradients)):
+    for step, expected in enumerate(ORACLES[type(optim)](optim, p, gradients)):
         made = update(optim, tree_of(gradients[step]), state, params, jnp.int32(step))
         params, state = made.params, made.state
         assert np.abs(np.asarray(params) - expected).max() < 2e-6 * (step + 1)

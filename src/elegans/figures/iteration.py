@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +15,10 @@ import pyarrow as pa
 from jaxtyping import Float
 from scipy import optimize
 
+from elegans.errors import StoreError
 from elegans.figures import style
 from elegans.figures.lines import (
     CONFIDENCE,
-    ENDS,
-    LEARNED,
     Draw,
     Drawn,
     Lines,
@@ -30,10 +30,12 @@ from elegans.figures.lines import (
     exact_match,
     lines,
     moment,
+    natural,
     panels,
+    require,
     summary,
 )
-from elegans.instruments.crossings import Bracket, interval, spanning
+from elegans.instruments.crossings import Bracket, spanning
 from elegans.store import Store
 
 PEAKED, NO_LAYER = 0.5, -1  # share of queries whose attention is mostly on x_t, above which a head fetches it
@@ -104,22 +106,25 @@ def generalisation(store: Store) -> Drawn:
 
 
 def table(published: Mapping[str, Mapping[int, float]]) -> Draw:
-    """Settings x lengths, measured at the end of the runs, beside the published ones."""
+    """Settings x lengths of the runs, measured at their ends, beside the published ones; grey where there are no rows."""
 
     def draw(store: Store) -> Drawn:
         length = """r.label || ' @ ' || "task.length" """
         found = lines(store, "evaluate", "avg(exact_match)", COUNTED, by=length)
-        cells = {tuple(key.split(" @ ")): each for key, each in found.items()}
-        rows = [label for label in published if any(label == a for a, _ in cells)]
-        columns = sorted({int(b) for _, b in cells})
-        known = {(a, int(b)): (each.mean[-1], each.half[-1]) for (a, b), each in cells.items()}
-        pairs = np.array([[known.get((r, c), (np.nan, np.nan)) for c in columns] for r in rows])
-        texts = [[f"{m:.2f}" + ("" if np.isnan(h) else f"\n±{h:.2f}") for m, h in row] for row in pairs.tolist()]
-        theirs = np.array([[published.get(r, {}).get(c, np.nan) for c in columns] for r in rows])
+        columns = sorted(set(store.table("runs")["task.length"].to_pylist()))
+        values, theirs = np.full((2, len(published), len(columns)), np.nan)
+        texts = np.full(values.shape, "", object)
+        for (i, row), (j, n) in itertools.product(enumerate(published), enumerate(columns)):
+            theirs[i, j] = published[row].get(n, np.nan)
+            if cell := found.get(f"{row} @ {n}"):
+                values[i, j] = cell.mean[-1]
+                half = "" if np.isnan(cell.half[-1]) else f"±{cell.half[-1]:.2f}, "
+                texts[i, j] = f"{values[i, j]:.2f}\n{half}n {len(cell.runs)}"
+        rows = list(published)
         figure, axes = panels(2, 0.6 + 0.3 * len(rows), sharey=True)
-        draw_table(axes[0], pairs[..., 0], rows, columns, texts)
+        draw_table(axes[0], values, rows, columns, texts)
         draw_table(axes[1], theirs, rows, columns)
-        for each, title in zip(axes, ("measured, ± 95 % interval", "published"), strict=True):
+        for each, title in zip(axes, ("measured, ± 95 % interval, n seeds", "published"), strict=True):
             each.set_title(title)
             each.set_xlabel("inputs of the longest row")
         return figure, summary(test_exact_match=found)
@@ -177,6 +182,7 @@ def subtraction(store: Store) -> Drawn:
 
 def heads(store: Store) -> Drawn:
     """By setting, the layer whose head looks most at x_t, if any head is peaked there, and how peaked the sharpest head of all is."""
+    require(store, "circuit")
     best = store.sql(f"""select r.label, run, layer, max(y) as y from (select run, layer, head, avg(attention) as y from circuit m
 where {FETCH} group by all) join runs r using (run) group by all order by run, y desc""").to_pylist()
     sharp = lines(store, "(select run, step, layer, head, avg(peakiness) as y from circuit m where " + FETCH + " group by all)", "max(m.y)")
@@ -196,13 +202,35 @@ where {FETCH} group by all) join runs r using (run) group by all order by run, y
     return figure, summary(peakiness=sharp)
 
 
+def joint(store: Store) -> Drawn:
+    """How peaked the sharpest head is on rows of each task, and the head that is sharpest on both: whether one serves both."""
+    of_heads = "select run, step, layer, head, {}y from (select run, step, layer, head, pattern, avg(peakiness) as y from circuit m where "
+    of_heads += "m.pattern like '{}.iteration_2' and " + f"m.length >= {LEAST} group by all) "
+    asked = {f"sharpest head, {name} rows": of_heads.format("", name) for name in ("polynomial", "parity")}
+    asked["the same head, rows of either"] = of_heads.format("min(y) as ", "%") + "group by run, step, layer, head having count(*) = 2"
+    require(store, "circuit")
+    made = {title: lines(store, f"({query})", "max(m.y)") for title, query in asked.items()}
+    seeds = {label: len(each.runs) for found in made.values() for label, each in found.items()}
+    labels = [(label, seeds[label]) for label in sorted(seeds, key=natural)]
+    figure, axes = panels(3, 1.0 + 0.2 * len(labels), sharey=True)
+    for each, (title, found) in zip(axes, made.items(), strict=True):
+        ends = {f"{label} ({n})": found[label].values[:, -1].tolist() if label in found else [] for label, n in labels}
+        draw_strips(each, ends, "peakiness", {k: f"{sum(v > PEAKED for v in vs)}/{len(vs)}" if vs else "" for k, vs in ends.items()})
+        each.set_xlim(-0.03, 1.03)
+        each.set_title(title.replace(", ", "\n"))
+    figure.supxlabel(f"right of each row: runs above {PEAKED:g}; the same head: peakiness on the task on which it is less", fontsize=6)
+    return figure, summary(**made)
+
+
 def forgetting(store: Store) -> Drawn:
-    """Exact match on rows of what a run trains on, a mixture where it does so, and on the parent's, against epochs."""
+    """Exact match on rows of the new task and of the parent's, each by itself, against epochs."""
     figure, axes = panels(2)
-    old = lines(store, "evaluate", "max(exact_match)", "m.length is null")
-    new = {label: each for label, each in exact_match(store).items() if label in old}
-    for each, (title, found) in zip(axes, {"training's": new, "the parent's": old}.items(), strict=True):
-        draw_lines(each, found, f"exact match, {title} rows", moment(store)[1])
+    tasks = {"parity, the new task": "m.task = 'parity'", "polynomial, the parent's": "m.task <> 'parity'"}
+    made = {title: lines(store, "evaluate", "avg(exact_match)", f"{where} and m.length >= {LEAST}") for title, where in tasks.items()}
+    new, old = made.values()
+    for each, (title, found) in zip(axes, made.items(), strict=True):
+        draw_lines(each, found, "exact match", moment(store)[1], of=colours(old))
+        each.set_title(title)
     axes[1].legend(loc="best", fontsize=5.5)
     return figure, summary(new=new, old=old)
 
@@ -214,45 +242,6 @@ def mixing(store: Store) -> Drawn:
     draw_lines(axes[0], alone, "exact match, parity alone", moment(store)[1])
     draw_times(axes[1], alone, moment(store)[1])
     return figure, summary(parity=alone)
-
-
-# ---- transfer
-
-
-def transfer(store: Store) -> Drawn:
-    """Learning after another task and from scratch; and how many times fewer epochs it takes to exact match 0.9."""
-    course, (epochs, unit) = exact_match(store), moment(store)
-    known = {r["run"]: r for r in store.sql(f"select run, seed, coalesce(after_step, 0) * {epochs} as before from runs r").to_pylist()}
-    reached = {
-        label: {known[run]["seed"]: at for run, at in zip(each.runs, each.crossings(LEARNED), strict=True)}
-        for label, each in course.items()
-    }
-    figure, axes = panels(2, 1.9, 2)
-    tables = [summary(exact_match=course)]
-    for k, label in enumerate(label for label in course if " after " in label):
-        scratch = f"{label.split(' after ')[0]} from scratch"
-        draw_lines(axes[2 * k], {name: course[name] for name in (scratch, label)}, "exact match", unit)
-        axes[2 * k].legend(loc="best", fontsize=5.5)
-        found = speed_ups(reached[scratch], reached[label], known[course[label].runs[0]]["before"])
-        draw_strips(axes[2 * k + 1], found, "decades of epochs saved", {n: f"{len(v)}/{len(reached[label])}" for n, v in found.items()})
-        axes[2 * k + 1].axvline(0, color=style.GREY, linewidth=0.8)
-        means = {name: [None if v is None else 10**v for v in interval(each, CONFIDENCE)] for name, each in found.items() if each}
-        axes[2 * k + 1].set_title("\n".join(f"{name}: {times(*mean)}" for name, mean in means.items()), fontsize=6)
-        rows = [{"label": label, "quantity": name, "runs": len(found[name])} | dict(zip(ENDS, v, strict=True)) for name, v in means.items()]
-        tables += [pa.Table.from_pylist(rows)] if rows else []
-    return figure, pa.concat_tables(tables, promote_options="permissive")
-
-
-def times(mean: float | None, low: float | None, high: float | None) -> str:
-    """A ratio with its interval."""
-    return f"{mean:.3g} x" if low is None or high is None else f"{mean:.3g} x [{low:.3g}, {high:.3g}]"
-
-
-def speed_ups(scratch: Mapping[int, float | None], child: Mapping[int, float | None], before: float) -> dict[str, list[float]]:
-    """Of every seed that gets there both ways, log10 of the epochs from scratch over those after another task: of its own alone, and
-    counting those before."""
-    both = [(a, b) for seed, b in child.items() if b is not None and (a := scratch.get(seed)) is not None]
-    return {f"counting {n:.3g} before": [math.log10(a / (b + n)) for a, b in both] for n in (0, before)}
 
 
 # ---- the law of length and width
@@ -287,9 +276,12 @@ def fit_law(d: Float[np.ndarray, " run"], length: Float[np.ndarray, " run"], sha
 
 def law(store: Store, draws: int = 200) -> Drawn:
     """Exact match against width at every length, and the fitted width that a length needs, with a bootstrap over runs of each cell."""
+    require(store, "evaluate")
     query = f"""select "model.d_model" as d, "task.length" as n, avg(m.exact_match) as y from runs r join evaluate m using (run)
 where {COUNTED} and r.task = 'polynomial' and "task.cot" and "model.layers" = 2 group by run, d, n order by all"""
     d, n, y = (np.array(store.sql(query)[name].to_pylist(), float) for name in ("d", "n", "y"))
+    if not d.size:
+        raise StoreError(f"{store.path}: no polynomial iteration with two layers to draw a law of")
     cells = [np.nonzero((d == a) & (n == b))[0] for a, b in sorted(set(zip(d, n, strict=True)))]
     generator, best = np.random.default_rng(0), fit_law(d, n, y)
     picks = [np.concatenate([generator.choice(cell, len(cell)) for cell in cells]) for _ in range(draws)]
@@ -306,10 +298,13 @@ where {COUNTED} and r.task = 'polynomial' and "task.cot" and "model.layers" = 2 
     every = np.quantile([fit.half(along) for fit in fits], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     axes[1].fill_between(along, *every, color=style.BLUE, alpha=0.2, linewidth=0)
     axes[1].plot(along, best.half(along), color=style.BLUE)
-    axes[1].set(xscale="log", yscale="log", xlabel="inputs of the longest row", ylabel="width for half of the rows")
-    half = best.half(along)
-    for axis, ticks in ((axes[0].xaxis, np.unique(d)), (axes[1].xaxis, lengths), (axes[1].yaxis, np.geomspace(half[0], half[-1], 4))):
-        axis.set_ticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes[1].set(xscale="log", yscale="log", xlabel="inputs of the longest row", ylabel="d_model, half are right")
+    axes[1].set_ylim(d.min() / 2, 2 * d.max())  # what lies beyond the widths of the runs is extrapolated
+    axes[1].axhspan(d.min(), d.max(), color=style.GREY, alpha=0.12, linewidth=0)
+    axes[1].text(0.03, 0.97, "grey: widths of the runs", transform=axes[1].transAxes, va="top", fontsize=5.5, color=style.GREY)
+    widths = np.unique(d)
+    for axis, ticks in ((axes[0].xaxis, widths), (axes[1].xaxis, lengths), (axes[1].yaxis, [d.min() / 2, *widths, 2 * d.max()])):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes[1].set_title(f"exponent {best.b:.2f} [{low:.2f}, {high:.2f}]")
     return figure, pa.Table.from_pylist([{"c": best.c, "b": best.b, "b_low": float(low), "b_high": float(high), "k": best.k}])

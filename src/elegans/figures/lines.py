@@ -19,6 +19,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from elegans.errors import StoreError
 from elegans.figures import style
 from elegans.figures.effects import jitter
 from elegans.figures.paper import LOOK, WIDTH, diamond, name_rows, save
@@ -29,14 +30,22 @@ CONFIDENCE, LEARNED = 0.95, 0.9  # coverage; exact match that counts as learned
 ENDS = ("mean", "low", "high")
 Drawn = tuple[Figure, pa.Table]
 Draw = Callable[[Store], Drawn]
+Drawing = Callable[[Store, Path], list[Path]]  # draws a store into a folder, and says which files
 
 
-def save_drawn(draw: Draw, store: Store, stem: Path) -> list[Path]:
-    """Draw a figure into PNG and PDF, and its numbers into CSV; return the files."""
+def drawing(**figures: Draw) -> Drawing:
+    """What a study's `figures` may be: each figure, a function of the store, in PNG and PDF under its name, and its numbers in CSV."""
+
+    def draw(store: Store, folder: Path) -> list[Path]:
+        with matplotlib.rc_context(LOOK):
+            return [file for name, made in figures.items() for file in _saved(*made(store), folder / name)]
+
+    return draw
+
+
+def _saved(figure: Figure, rows: pa.Table, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(LOOK):
-        figure, rows = draw(store)
-        files = save(figure, stem)
+    files = save(figure, stem)
     pyarrow.csv.write_csv(rows, stem.with_suffix(".csv"))
     return [*files, stem.with_suffix(".csv")]
 
@@ -79,8 +88,19 @@ class Lines:
         return [(self.x[k].tolist(), v[k].tolist()) for v, k in zip(self.values, there, strict=True)]
 
 
+def require(store: Store, *tables: str) -> None:
+    """Raises `StoreError` where a table has no rows."""
+    for name in tables:
+        if not store.has(name):
+            raise StoreError(f"{store.path}: no rows of {name} to draw from; `elegans run` measures where runs have ended")
+
+
 def lines(store: Store, table: str, value: str, where: str = "true", by: str = "r.label") -> dict[str, Lines]:
-    """Lines of every label, in natural order; `value` is an aggregate over a run's rows of one moment, m, and r the run."""
+    """Lines of every label, in natural order; `value` is an aggregate over a run's rows of one moment, m, and r the run.
+
+    Raises `StoreError` where a table by its name has no rows.
+    """
+    require(store, *([table] if table.isidentifier() else []))
     query = f"""select {by} as label, run, m.step * {moment(store)[0]} as x, {value} as y from runs r join {table} m using (run)
 where {where} group by all having y is not null order by all"""
     found: dict[str, dict[str, dict[float, float]]] = {}
@@ -102,7 +122,7 @@ def _lines(runs: dict[str, dict[float, float]]) -> Lines:
 def moment(store: Store) -> tuple[str, str]:
     """SQL that turns a step of run r into the axis that figures have, and its name: epochs, where there is a finite training set."""
     finite = "train_set" in store.table("runs").column_names
-    return ("r.batch / r.train_set", "epoch") if finite else ("1.0", "optimiser step")
+    return ("r.batch / r.train_set", "epoch") if finite else ("1e0", "optimiser step")
 
 
 def natural(text: str) -> list[Any]:

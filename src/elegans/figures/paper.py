@@ -28,13 +28,13 @@ WIDTH = 5.5  # inches: the text width of most single-column papers
 
 def save_paper_figures(store: Store, folder: str | Path) -> list[Path]:
     """Draw every main figure that has rows into a folder, as PNG and PDF; return the files."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tables = Tables(store)
     try:
         with matplotlib.rc_context(LOOK):
             drawn = _draw_all(tables, catalogue(store, tables))
-            return [path for name, figure in drawn.items() for path in save(figure, folder / name)]
+            if drawn:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            return [path for name, figure in drawn.items() for path in save(figure, Path(folder) / name)]
     finally:
         tables.close()
 

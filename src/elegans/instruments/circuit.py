@@ -21,7 +21,7 @@ class Circuit(ReplicaInstrument):
 
     For a query and the key that the pattern names, a is the attention that the key gets (for `uniform`, which names all:
     1 less the total variation distance to it). Per pattern, layer, head and number of inputs of the rows (`length`, null
-    where rows have none or `by_length` is off):
+    where rows have none or `by_length` is off), of a mixture also on the rows of each task apart (pattern `parity.iteration_2`):
       attention   mean of a over rows and queries. Chance: `chance`, what a head gets whose attention is uniform; ceiling 1
       peakiness   share of (row, query) with a > 0.5. Chance 0: a uniform head gives half at most (`uniform` itself: 1); ceiling 1
       invariance  1 - mean over queries of the standard deviation of a over rows. 1: the content of a row does not matter, which

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,7 @@ from elegans.errors import Invalid
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
 from elegans.instruments.patterns import by_length, length_axis, lengths_of
 from elegans.specs import field, spec
-from elegans.tasks import Task
+from elegans.tasks import Several, Task
 from elegans.tasks.sampling import TaskData, draw_set, prepare
 from elegans.training.run import Run
 from elegans.training.step import logits_of, scores
@@ -27,7 +28,8 @@ class Evaluate(ReplicaInstrument):
     """Scores on held-out rows of another task, in the network's own symbols of the same text.
 
     Without a `task` it is that of the run which each run goes on from, so that rows over steps are curves of forgetting; runs that
-    go on from none are left out. With `own` it is the one that each run trains on, length by length. Rows are drawn for the run, the same
+    go on from none are left out. With `own` it is the one that each run trains on, length by length. Of a mixture, `apart` makes it each of
+    its tasks, also of weight 0, as the mixture has its rows; the column `task` names it. Rows are drawn for the run, the same
     at every step. `length` is null for all of them
     together; where the task has lengths there are further rows for each number of inputs:
       loss          nats per scored token, over the network's whole vocabulary. The task's floor at best
@@ -37,6 +39,7 @@ class Evaluate(ReplicaInstrument):
 
     task: Task | None = field(None, "the task; none: that of each run's parent")
     own: bool = field(False, "the task that each run trains on, instead of another")
+    apart: Literal["tasks"] | None = field(None, "of a mixture each task by itself; none: its rows together")
     part: Literal["train", "validation", "test"] = field("test", "part of that task's split that rows are from")
     examples: int = field(512, "rows, of all lengths together", ge=1, le=1_000_000)
 
@@ -46,30 +49,34 @@ class Evaluate(ReplicaInstrument):
 
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
         del data  # the run's own task's
-        other = self._other(run)
-        rows = draw_set(other.task, self.part, key, self.examples, prepare(other.task))
-        ids = jnp.asarray([run.task.symbols.index(symbol) for symbol in other.task.symbols])
-        rows = dataclasses.replace(rows, tokens=ids[rows.tokens], weights=None)
-        logits = logits_of(run, params, rows.tokens)
-        made = {"all": graded(logits, rows, jnp.ones(self.examples, bool))}
-        if lengths_of(other):
-            made["length"] = jax.lax.map(lambda group: graded(logits, rows, group), by_length(other, rows))
+        made = {}
+        for name, other in self._others(run).items():
+            rows = draw_set(other.task, self.part, key, self.examples, prepare(other.task))
+            ids = jnp.asarray([run.task.symbols.index(symbol) for symbol in other.task.symbols])
+            rows = dataclasses.replace(rows, tokens=ids[rows.tokens], weights=None)
+            logits = logits_of(run, params, rows.tokens)
+            made[f"{name}, all"] = graded(logits, rows, jnp.ones(self.examples, bool))
+            if lengths_of(other):
+                made[f"{name}, length"] = jax.lax.map(functools.partial(graded, logits, rows), by_length(other, rows))
         return made
 
     def layouts(self, run: Run) -> dict[str, Layout]:
-        other = self._other(run)
-        _check(run, other.task)
-        constant = {"task": other.task.kind}
-        made = {"all": Layout(constant | {"length": None}, [])}
-        return made | ({"length": Layout(constant, [length_axis(other)])} if lengths_of(other) else {})
+        made = {}
+        for name, other in self._others(run).items():
+            _check(run, other.task)
+            made[f"{name}, all"] = Layout({"task": name, "length": None}, [])
+            if lengths_of(other):
+                made[f"{name}, length"] = Layout({"task": name}, [length_axis(other)])
+        return made
 
-    def _other(self, run: Run) -> Run:
-        """A run of the other task."""
-        if self.own:
-            return run
-        task = self.task or (run.after.task if run.after else None)
+    def _others(self, run: Run) -> dict[str, Run]:
+        """A run of every task that this one is measured on, by the task's name."""
+        task = run.task if self.own else self.task or (run.after.task if run.after else None)
         assert task is not None
-        return Run(task, run.model, steps=1)
+        each = {task.kind: task}
+        if self.apart == "tasks" and isinstance(task, Several):
+            each = {name: task.alone(i) for i, name in enumerate(task.names)}
+        return {name: Run(one, run.model, steps=1) for name, one in each.items()}
 
     def split(self, runs: dict[str, Run]) -> list[tuple[ReplicaInstrument, dict[str, Run]]]:
         """Runs by the task that they are measured on, which is the same for those of one program."""

@@ -14,6 +14,9 @@ The queries of iteration_1 are all states: that EoI looks at itself would say no
 Where nothing scored is predicted from s_L, it is no query. Both are for tasks whose rows are
 `[task] x_1 .. x_L [EoI] s_1 .. s_L [EoS]`, with the truth `input` read where s_t is predicted. What a task's own circuit is,
 its method `attends` says.
+
+Of a mixture the patterns of iteration are also there for the rows of each task apart, as `task.iteration_2`: whether one head serves
+several tasks is read off them. They say nothing of the rows of other tasks.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from elegans.errors import Invalid
 from elegans.instruments.base import those
 from elegans.instruments.probe import truth_of
-from elegans.tasks import Task
+from elegans.tasks import Several, Task
 from elegans.training.run import Run
 from elegans.types import Example, Truth
 
@@ -92,6 +95,16 @@ def _iteration_targets(where: Iteration, last: Int[Array, ""], queries: int) -> 
     return {"iteration_1": at(where.queries + 1, start), "iteration_2": at(where.queries, where.inputs)}
 
 
+def _of_each_task(task: Task, example: Example, found: dict[str, Targets]) -> dict[str, Targets]:
+    """Patterns, and of a mixture of several tasks also those of rows of each task that is drawn from."""
+    if not isinstance(task, Several) or sum(chance is not None for chance in task.held_out()) < 2:
+        return found
+    drawn = [i for i, chance in enumerate(task.held_out()) if chance is not None]
+    which = example.truth["task"].values[0]
+    apart = [(f"{task.names[i]}.{name}", jnp.where(which == i, t, NOWHERE)) for i in drawn for name, t in found.items()]
+    return found | dict(apart)
+
+
 def targets(task: Task, example: Example) -> dict[str, Targets]:
     """Every named pattern that one row of a task has: the task's own and those of iteration first."""
     tokens, n = example.tokens[:-1], example.tokens.shape[0] - 1
@@ -99,7 +112,7 @@ def targets(task: Task, example: Example) -> dict[str, Targets]:
     q = jnp.arange(n)
     last = jnp.where(example.scored[1:], q, 0).max()
     where = iteration(task, example.truth)
-    found |= {} if where is None else _iteration_targets(where, last, n)
+    found |= {} if where is None else _of_each_task(task, example, _iteration_targets(where, last, n))
     seen = (q >= 1) & (q <= last)
     return found | {name: jnp.where(seen, of(tokens), NOWHERE) for name, of in GENERAL.items() if name not in found}
 

@@ -14,7 +14,7 @@ seeds of one architecture train in one cohort, so that the grid is 280 programs.
 `scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss.
 
 Of a store of the grid, too: `elegans measure probe STORE at=final`, then `elegans measure across_compute STORE`.
-`draw(store, folder)` draws the paper's figures from the store's rows: scaling, quiet and loud features, ablations.
+`elegans draw STORE` draws the paper's figures from the store's rows: scaling, quiet and loud features, ablations.
 
 Cost: stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine.
 Expect, from the paper: the best loss leaves its plateau at 1e11 to 1e12 FLOPs for addition; 1e12 to 1e13 for breadth-first
@@ -27,16 +27,16 @@ down, and taking the carry's direction out costs exact match that random directi
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from elegans.figures import save_quiet_figures
-from elegans.instruments import Ablate, AcrossCompute, Instrument, Probe, Scaling, Transition
+from elegans.instruments import Ablate, AcrossCompute, Probe, Scaling, Transition
 from elegans.models import Transformer
 from elegans.specs import grid, replace
 from elegans.store import Store
+from elegans.studies import Made, Parts
 from elegans.study import Study
 from elegans.tasks import (
     ActivitySelection,
@@ -112,12 +112,12 @@ def seeds(run: Run) -> list[Run]:
 def whole() -> Study:
     """The grid."""
     runs = [run for task in TASKS for configuration in configurations(task) for run in seeds(configuration)]
-    return Study(name="quiet_features", question=__doc__.splitlines()[0], runs=runs, instruments=(Scaling(),), keep=belongs)
+    return Study(name="quiet_features", question=__doc__.splitlines()[0], runs=runs, instruments=(Scaling(),), keep=belongs, figures=draw)
 
 
-def draw(store: str | Path, folder: str | Path) -> list[Path]:
+def draw(store: Store, folder: Path) -> list[Path]:
     """The paper's figures from what a store has: scaling 2 x 5, quiet features 2 x 3, loud ones 1 x 4, ablations with their table."""
-    return save_quiet_figures(Store(store), folder, [task.kind for task in TASKS], PUBLISHED, QUIET, LOUD)
+    return save_quiet_figures(store, folder, [task.kind for task in TASKS], PUBLISHED, QUIET, LOUD)
 
 
 def changed(task: Task, fields: dict[str, Any]) -> Run:
@@ -127,25 +127,11 @@ def changed(task: Task, fields: dict[str, Any]) -> Run:
 
 # ---- parts
 
-Made = tuple[Sequence[Run], Sequence[Instrument]]
-PARTS: dict[str, Callable[[bool], Study]] = {}
 ACROSS = Probe(at="final"), AcrossCompute()
+PARTS = Parts("quiet_features", lambda make, less: _smaller() if less else make())
 
 
-def part(make: Callable[[], Made]) -> Callable[[bool], Study]:
-    """A part of the study, under its function's name; small, every part is `small`."""
-
-    @functools.wraps(make)
-    def study(small: bool = False) -> Study:
-        if small:
-            return globals()["small"]
-        return Study(*make(), f"quiet_features.{make.__name__}", (inspect.getdoc(make) or "").splitlines()[0])
-
-    PARTS[make.__name__] = study
-    return study
-
-
-@part
+@PARTS.part(draw)
 def within() -> Made:
     """When do a task's intermediate results become readable while one network trains, and does it use them?
 
@@ -163,7 +149,7 @@ def within() -> Made:
     return runs, (Probe(), Ablate(at="final", draws=16), Transition())
 
 
-@part
+@PARTS.part(draw)
 def across() -> Made:
     """Does one architecture know a task's intermediate results after budgets at which its loss has not moved?
 
@@ -177,7 +163,7 @@ def across() -> Made:
     return [run for task in tasks for run in _budgets(task)], ACROSS
 
 
-@part
+@PARTS.part(draw)
 def across_addition() -> Made:
     """Does one architecture know the carry and the first operand after budgets at which its loss has not moved?
 
@@ -192,6 +178,11 @@ def _budgets(task: Task) -> Iterator[Run]:
     decades = 3 if isinstance(task, Addition) else 4
     budgets = [float(f"{10 ** (9 + n / 4):.2g}") for n in range(4 * decades + 1)]
     yield from grid(run, {"flops": budgets, "optim.lr": (1e-2, 1e-3), "seed": range(12)})
+
+
+def _smaller() -> Made:
+    """Small, every part is `small`."""
+    return small.runs, small.instruments
 
 
 def __getattr__(name: str) -> Study:
@@ -215,4 +206,5 @@ small = Study(
     question=__doc__.splitlines()[0],
     runs=grid(_small, {"seed": range(4)}),
     instruments=(Probe(fit=512, test=512), Ablate(fit=512, test=256, draws=8, at="final"), Transition()),
+    figures=draw,
 )

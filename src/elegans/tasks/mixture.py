@@ -75,6 +75,10 @@ class Several(Task):
         kinds = [task.kind for task in self.tasks]
         return tuple(k if kinds.count(k) == 1 else f"{k}{kinds[:i].count(k) + 1}" for i, k in enumerate(kinds))
 
+    def alone(self, i: int) -> Mixture:
+        """The rows of one of the tasks, in the same symbols and with its tag."""
+        return Mixture(tasks=self.tasks, tag=self.tag, split=self.split, weights=tuple(float(i == j) for j in range(len(self.tasks))))
+
     @property
     def symbols(self) -> tuple[str, ...]:
         tags = [f"<{name}>" for name in self.names] if self.tag else []

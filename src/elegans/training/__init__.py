@@ -1,11 +1,12 @@
 """Training: optimisers, one run's step, the cohort, its plan and its checkpoints."""
 
-from elegans.training.optimisers import WSD, AdamW, Constant, Cosine, Linear, Optimizer, Schedule
+from elegans.training.optimisers import SGD, WSD, AdamW, Constant, Cosine, Linear, Lion, Optimizer, Schedule
 from elegans.training.run import At, Every, LogSpaced, Record, Run, When
 from elegans.training.step import State, Update
 from elegans.training.transfer import follow
 
 __all__ = [
+    "SGD",
     "WSD",
     "AdamW",
     "At",
@@ -13,6 +14,7 @@ __all__ = [
     "Cosine",
     "Every",
     "Linear",
+    "Lion",
     "LogSpaced",
     "Optimizer",
     "Record",

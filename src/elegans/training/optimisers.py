@@ -161,9 +161,44 @@ class AdamW(Optimizer):
     decay: Literal["all", "matrices"] = field("all", "which parameters decay")
 
     def transform(self, lr: Scalar, matrices: Bool[np.ndarray, " parameter"]) -> optax.GradientTransformation:
-        def decay(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-            decaying = params if self.decay == "all" else jnp.where(matrices, params, 0)
-            return -lr * (updates + self.weight_decay * decaying), state
+        decaying = None if self.decay == "all" else matrices
+        return optax.chain(optax.scale_by_adam(self.b1, self.b2, self.eps), _descend(lr, self.weight_decay, decaying))
 
-        scaled_decay = optax.GradientTransformation(lambda _: optax.EmptyState(), decay)
-        return optax.chain(optax.scale_by_adam(self.b1, self.b2, self.eps), scaled_decay)
+
+@spec
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum and decoupled weight decay: v <- b v + g; p <- p - lr * (v + decay * p).
+
+    Nesterov's (Sutskever et al. 2013, as `torch.optim.SGD` has it) steps by g + b v, with the new v, instead of v.
+    """
+
+    kind: ClassVar[str] = "sgd"
+    momentum: float = field(0.9, "b, decay of the sum of gradients; 0: none", ge=0, lt=1)
+    nesterov: bool = field(False, "Nesterov's momentum")
+    weight_decay: float = field(0.0, "decoupled weight decay, per unit of learning rate", ge=0)
+
+    def transform(self, lr: Scalar, matrices: Bool[np.ndarray, " parameter"]) -> optax.GradientTransformation:
+        del matrices
+        return optax.chain(optax.trace(self.momentum, self.nesterov), _descend(lr, self.weight_decay))
+
+
+@spec
+class Lion(Optimizer):
+    """Lion (Chen et al. 2023): p <- p - lr * (sign(b1 m + (1 - b1) g) + decay * p); m <- b2 m + (1 - b2) g."""
+
+    weight_decay: float = field(0.0, "decoupled weight decay, per unit of learning rate", ge=0)
+    b1: float = field(0.9, "the momentum's share of the step", ge=0, lt=1)
+    b2: float = field(0.99, "decay of the momentum", ge=0, lt=1)
+
+    def transform(self, lr: Scalar, matrices: Bool[np.ndarray, " parameter"]) -> optax.GradientTransformation:
+        del matrices
+        return optax.chain(optax.scale_by_lion(self.b1, self.b2), _descend(lr, self.weight_decay))
+
+
+def _descend(lr: Scalar, weight_decay: Scalar, decaying: Bool[np.ndarray, " parameter"] | None = None) -> optax.GradientTransformation:
+    """A step down along an update, and weight decay beside it: of the parameters that decay; none: of all."""
+
+    def step(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return -lr * (updates + weight_decay * (params if decaying is None else jnp.where(decaying, params, 0))), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), step)

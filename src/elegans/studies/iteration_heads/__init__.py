@@ -4,6 +4,7 @@
     elegans run iteration_heads.width --share 1/4            # a part (`PARTS`); its store is runs/iteration_heads.width
     elegans run iteration_heads.width seed=0..4 epochs=300   # cheaper
     elegans run iteration_heads --small                      # two CPU cores, about two minutes; so has every part
+    elegans draw runs/iteration_heads.width                  # its figure; of a store that parts share: --study iteration_heads.law
 
 Polynomial iteration s_t = s_(t-1) x_t + 1 mod 11, parity and binary copy of 1 to `length` inputs. The model and its training are those of
 Cabannes et al. 2024 ("Iteration Head"): 2 layers, 1 head, no biases, learned positions, a normalised skip path, embedding dropout 0.1;
@@ -11,26 +12,21 @@ Adam at 3e-4, batches of 256, passes over 1,024 rows of each length. Ours: rows 
 are shuffled. Means over lengths are of 4 inputs and more where a part measures lengths apart (`evaluate`, `circuit`), else of all.
 
 A part is one question: its docstring says what is run, its cost (structures x runs x steps) and the number to expect. Seeds, rates,
-weights of mixtures and ends of curricula are leaves: they share a cohort. `draw(store, folder)` draws a part's figure from its store.
+weights of mixtures and ends of curricula are leaves: they share a cohort.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import itertools
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
-from elegans.errors import StoreError
-from elegans.figures import iteration
-from elegans.figures.lines import Draw, save_drawn
-from elegans.instruments import AttentionMaps, Circuit, Dynamics, Evaluate, Instrument, Patch, Probe
+from elegans.figures import Draw, drawing, iteration
+from elegans.figures import transfer as figures
+from elegans.instruments import AttentionMaps, Circuit, Dynamics, Evaluate, Patch, Probe
 from elegans.models import ALiBi, Learned, Positions, Rotary, Sinusoidal
 from elegans.specs import replace
-from elegans.store import Store
+from elegans.studies import Made, Parts
 from elegans.studies.iteration_heads.settings import (
     FULL,
     PIECES,
@@ -49,7 +45,7 @@ from elegans.studies.iteration_heads.settings import (
 )
 from elegans.study import Study
 from elegans.tasks import BinaryCopy, Curriculum, Mixture, Task
-from elegans.training import At, Run, follow
+from elegans.training import SGD, At, Lion, follow
 
 PUBLISHED = {  # mean test accuracy of 4 and more inputs at epoch 960, by length, of Cabannes et al. 2024 (about 0.03)
     "polynomial, d 32": {5: 1.0, 10: 1.0, 16: 1.0, 20: 1.0, 30: 1.0},
@@ -61,23 +57,14 @@ PUBLISHED = {  # mean test accuracy of 4 and more inputs at epoch 960, by length
     "parity, no CoT": {5: 1.0, 10: 1.0, 16: 1.0, 20: 1.0, 30: 1.0},
 }
 
-Made = tuple[Sequence[Run], Sequence[Instrument]]
-PARTS: dict[str, Callable[[bool], Study]] = {}
-FIGURES: dict[str, Draw] = {}
+PARTS = Parts("iteration_heads", lambda make, small: make(SMALL if small else FULL))
 
 
 def part(figure: Draw) -> Callable[[Callable[[Scale], Made]], Callable[[bool], Study]]:
-    """A part of the study, under its function's name: whole, or small; with the figure of its store."""
+    """A part of the study, with the figure of its store, under its function's name."""
 
     def of(make: Callable[[Scale], Made]) -> Callable[[bool], Study]:
-        @functools.wraps(make)
-        def study(small: bool = False) -> Study:
-            runs, instruments = make(SMALL if small else FULL)
-            name = f"iteration_heads.{make.__name__}{'_small' * small}"
-            return Study(runs, instruments, name, (inspect.getdoc(make) or "").splitlines()[0])
-
-        PARTS[make.__name__], FIGURES[make.__name__] = study, figure
-        return study
+        return PARTS.part(drawing(**{make.__name__: figure}))(make)
 
     return of
 
@@ -87,21 +74,6 @@ def __getattr__(name: str) -> Study:
     if name in ("study", "small"):
         return dataclasses.replace(PARTS["emergence"](name == "small"), name=f"iteration_heads{'_small' * (name == 'small')}")
     raise AttributeError(f"{__name__} has no {name!r}")
-
-
-def draw(store: str | Path, folder: str | Path, name: str | None = None) -> list[Path]:
-    """A part's figure from a store, as PNG and PDF, and its numbers as CSV; return the files. `name`: none, as the store says.
-
-    Of a store that several parts share only the part's own runs are drawn; where it has none of them, as after overrides, all are.
-    """
-    opened = Store(store)
-    if name is None and not (opened.path / "study.json").exists():
-        raise StoreError(f"{opened.path}: no study ended here; say which part to draw by its name")
-    said = json.loads((opened.path / "study.json").read_text(encoding="utf-8"))["name"] if name is None else name
-    found = said.removesuffix("_small").removeprefix("iteration_heads").removeprefix(".") or "emergence"
-    own = PARTS[found](said.endswith("_small")).runs
-    there = {line["run"] for line in opened.lines()}
-    return save_drawn(FIGURES[found], opened.only(own) if any(run.id in there for run in own) else opened, Path(folder) / found)
 
 
 # ---- what must be decided
@@ -139,14 +111,16 @@ def width(at: Scale) -> Made:
     return seeded(at, *sketched(*(quick(at, run) for run in runs))), (Evaluate(own=True, examples=at.examples, at="final"),)
 
 
-@part(iteration.transfer)
+@part(figures.transfer)
 def transfer(at: Scale) -> Made:
     """How much sooner is parity learned after 200 epochs of polynomial iteration than from scratch, and polynomial after parity?
 
     d 128, length 16, bf16; a child starts from its parent's weights at epoch 200, with a new optimiser. Epochs to exact match 0.9 and
     their ratio to scratch, seed by seed, with and without counting the 200. Overriding `seed` would pair children with other seeds'
-    parents: leave it. Cost: 2 structures x 40 runs x 64,000 and 32,000 steps, half an hour of one H100 or less. Expect: 0.9 after about
-    20 epochs against 615 (30 times; 2.8 times counting the first 200).
+    parents: leave it. Exact match is of all lengths, 0.9 of which is 0.88 or more of 4 inputs and more (the published ones): their
+    three shorter ones are 3 rows of 16; lengths apart would need the weights of all 14,000 recordings, 23 GB.
+    Cost: 2 structures x 40 runs x 64,000 and 32,000 steps, half an hour of one H100 or less. Expect: 0.9 after about 20 epochs
+    against 615 (30 times; 2.8 times counting the first 200).
     """
     large = at if at.small else dataclasses.replace(at, length=2 * at.length, d_model=4 * at.d_model)
     tasks = {"polynomial": pair(large, 1.0), "parity": pair(large, 0.0)}
@@ -164,14 +138,15 @@ def transfer(at: Scale) -> Made:
 def finetune(at: Scale) -> Made:
     """Is MLP 2 all that must learn to go from polynomial iteration to parity?
 
-    Parity after polynomial with every weight and with MLP 2 alone (the token of parity keeps its initial vector); MLP 2 alone of an
-    untrained network as a control.
-    Cost: 4 structures x 20 runs x 32,000 steps. Expect from the circuit: MLP 2 alone suffices after polynomial and not without.
+    Parity after polynomial with every weight and with MLP 2 alone (the token of parity keeps its initial vector); both of an
+    untrained network as controls, so that what fine-tuning and what transfer save can be compared.
+    Cost: 4 structures x 20 to 40 runs x 32,000 steps. Expect from the circuit: MLP 2 alone suffices after polynomial and not without.
     """
     (child,) = sketched(setting(at, "all weights", pair(at, 0.0)))
     alone = dataclasses.replace(child, label="MLP 2 alone", trained=PIECES["MLP 2"])
     control = dataclasses.replace(alone, label="MLP 2 alone, untrained before")
-    return after(taught(at), child, alone) + seeded(at, control), ()
+    scratch = dataclasses.replace(child, label="all weights, from scratch")
+    return after(taught(at), child, alone) + seeded(at, control, scratch), ()
 
 
 @part(iteration.patching)
@@ -222,13 +197,14 @@ def freezing(at: Scale) -> Made:
 def forgetting(at: Scale) -> Made:
     """Is polynomial iteration forgotten while parity is learned after it, and what keeps it?
 
-    Every weight, MLP 2 alone, and every weight with a tenth of polynomial rows left in the mix (a leaf); polynomial is measured all along.
+    Every weight, MLP 2 alone, and every weight with a tenth of polynomial rows left in the mix (a leaf); both tasks are measured all along,
+    each by itself and length by length.
     Cost: 3 structures x 20, 40 and 20 runs x 16,000 (parents 32,000) steps. Expect nothing published.
     """
     child = setting(at, "all weights", pair(at, 0.0), epochs=0.5, every=0.5)
     kept = dataclasses.replace(child, label="a tenth of polynomial", task=pair(at, 0.1))
     alone = dataclasses.replace(child, label="MLP 2 alone", trained=PIECES["MLP 2"])
-    return after(taught(at), child, kept, alone), (Evaluate(examples=at.examples),)
+    return after(taught(at), child, kept, alone), (Evaluate(apart="tasks", examples=at.examples),)
 
 
 @part(iteration.sharpening)
@@ -281,11 +257,12 @@ def positions(at: Scale) -> Made:
 
 @part(iteration.arms)
 def optimiser(at: Scale) -> Made:
-    """How do batch, learning rate, weight decay and the order of rows move the jump?
+    """How do optimiser, batch, learning rate, weight decay and the order of rows move the jump?
 
-    Batches of 64, 256 and 1,024 rows, and of 256 in the authors' order (short to long, not shuffled); learning rates 1e-4 to 3e-3 and
-    weight decay 0 or 0.1 are leaves. Cost: 4 structures x 80 runs (8 settings of 10 seeds) x 8,000 to 128,000 steps.
-    Expect nothing published.
+    AdamW in batches of 64, 256 and 1,024 rows, and of 256 in the authors' order (short to long, not shuffled), learning rates 1e-4 to
+    3e-3 and weight decay 0 or 0.1; in batches of 256, Lion at 1e-5 to 3e-4 and SGD with momentum 0.9 at 0.01 to 0.3, without weight
+    decay. Rates and decay are leaves. Cost: 6 structures, four x 80 runs (8 settings of 10 seeds) x 8,000 to 128,000 steps and two x 40
+    runs x 32,000. Expect nothing published.
     """
     rates, batches = ((at.lr, at.lr / 3), (at.batch, 4 * at.batch)) if at.small else ((1e-4, 3e-4, 1e-3, 3e-3), (64, 256, 1024))
     made = []
@@ -293,8 +270,12 @@ def optimiser(at: Scale) -> Made:
         run = replace(setting(dataclasses.replace(at, batch=batch), f"batch {batch}{', short to long' if order else ''}"), "order", order)
         for lr, decay in itertools.product(rates, (0.0, 0.1)):
             named = dataclasses.replace(run, label=f"{run.label}, lr {lr:g}{', decay 0.1' if decay else ''}")
-            made.append(replace(replace(replace(named, "optim.lr", lr), "optim.weight_decay", decay), "record.weights", None))
-    return seeded(at, *made, share=0.5), ()
+            made.append(replace(replace(named, "optim.lr", lr), "optim.weight_decay", decay))
+    others = {"Lion": (Lion(clip=None), (1e-5, 3e-5, 1e-4, 3e-4)), "SGD": (SGD(clip=None), (0.01, 0.03, 0.1, 0.3))}
+    for name, (optim, all_rates) in others.items():
+        for lr in all_rates[2:] if at.small else all_rates:
+            made.append(dataclasses.replace(setting(at, f"{name}, lr {lr:g}"), optim=dataclasses.replace(optim, lr=lr)))
+    return seeded(at, *sketched(*made), share=0.5), ()
 
 
 @part(iteration.generalisation)
@@ -331,12 +312,12 @@ def curricula(at: Scale) -> Made:
     return seeded(at, *sketched(*arms)), ()
 
 
-@part(iteration.heads)
+@part(iteration.joint)
 def joint(at: Scale) -> Made:
     """Trained on polynomial and parity at once, told apart by the first token: does one head serve both?
 
-    Shares of polynomial 1, 0.5 and 0 (a leaf) with 1 and 2 heads. A head that serves both tasks is peaked on all rows, one that
-    serves one task on half of them. Cost: 2 structures x 60 runs x 32,000 steps. Expect nothing published.
+    Shares of polynomial 1, 0.5 and 0 (a leaf) with 1 and 2 heads. Rows of each task are scored apart: a head that serves both is peaked on
+    rows of either. Cost: 2 structures x 60 runs x 32,000 steps. Expect nothing published.
     """
     mixtures = {w: pair(at, w) for w in (1.0, 0.5, 0.0)}
     arms = [setting(at, f"{w:.0%} polynomial, {h} heads", task, model(at.d_model, heads=h)) for h in (1, 2) for w, task in mixtures.items()]
