@@ -9,10 +9,10 @@ demo: .venv/demo
 	$(BIN)/elegans run carry --store runs/carry
 
 test: .venv/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0
 
 test-all: .venv/dev .venv/bench
-	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow" --durations 15
+	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 -m "slow or not slow" --timeout 1800 -o faulthandler_timeout=1790 --durations 15
 
 lint: .venv/dev
 	$(BIN)/ruff check .

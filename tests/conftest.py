@@ -1,5 +1,6 @@
 """Shared by all tests: shapes are checked, warnings are errors, compiled programs are cached between runs."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import jaxtyping
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ELEGANS_CACHE", str(CACHE))
-# a third of the time to compile; `make test-all` optimises in full
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# a sixth of the time to compile; `make test-all` optimises in full
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+gc.set_threshold(100_000, 50, 50)  # tracing makes many small objects that live on: looking through them took a fifth of the time
 
 jaxtyping.install_import_hook("elegans", "typechecking.check").__enter__()
 

@@ -3,8 +3,10 @@
 import shutil
 import tarfile
 
+import pyarrow.parquet as pq
 import pytest
 
+from elegans.files import write_table
 from elegans.loading import load_study
 from elegans.store import Store
 from elegans.study import run_study
@@ -58,6 +60,28 @@ def test_pieces_merge_and_repeat_nothing(trained, tmp_path):
     assert "2 new" in elegans("merge", tmp_path / "whole", *pieces).out
     assert "0 new" in elegans("merge", tmp_path / "whole", *pieces).out
     assert set(files(tmp_path / "whole", True)) == set(files(store.path, False))
+
+
+def test_rows_measured_with_other_settings_stay_out_and_that_is_said(trained, tmp_path):
+    """Both of a cohort that the store has and of one that it has not: its tables hold rows of its own settings alone."""
+    first, second = (c.id for c in Store(trained / "store").cohorts())
+    shutil.copytree(trained / "store", tmp_path / "otherwise")
+    for path in (tmp_path / "otherwise" / "rows" / "probe").iterdir():
+        write_table(path, pq.read_table(path).replace_schema_metadata({"instrument": "measured otherwise"}))
+    for name, store in (("same", trained / "store"), ("otherwise", tmp_path / "otherwise")):
+        elegans("archive", store, tmp_path / f"{name}.tar.xz")
+    for missing in ([], [second]):
+        whole = tmp_path / f"whole{len(missing)}"
+        shutil.copytree(trained / "store", whole)
+        Store(whole).remove([c for c in Store(whole).cohorts() if c.id in missing])
+        answer = elegans("merge", whole, tmp_path / "otherwise.tar.xz")
+        assert answer.status == 0 and f"{len(missing)} new" in answer.out
+        assert answer.err.count("\n") == 1 and "rows of probe are left out" in answer.err and "other settings" in answer.err
+        assert {c.id for c in Store(whole).cohorts()} == {first, second}
+        kept = {p.name: p.read_bytes() for p in (trained / "store" / "rows" / "probe").iterdir() if p.stem not in missing}
+        assert {p.name: p.read_bytes() for p in (whole / "rows" / "probe").iterdir()} == kept
+        same = elegans("merge", whole, tmp_path / "same.tar.xz")  # brings the rows that are missing
+        assert not same.err and Store(whole).table("probe").equals(Store(trained / "store").table("probe"))
 
 
 def test_refusals_are_one_line(trained, tmp_path):

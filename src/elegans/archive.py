@@ -11,12 +11,13 @@ import io
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from elegans.errors import StoreError
 from elegans.files import file_digest, replacing
 from elegans.folder import TABLES
+from elegans.instruments.base import settings_of
 from elegans.store import FORMAT, Store
 
 WEIGHTS = ("state-*", "weights-*")  # what makes a store large
@@ -51,17 +52,20 @@ def _files(store: Store, cohorts: list[str], weights: bool) -> Iterator[Path]:
         yield from sorted(store.path.glob(f"rows/*/{cohort}.parquet"))
 
 
-def merge(store: Store, files: list[Path]) -> int:
+def merge(store: Store, files: list[Path], note: Callable[[str], None]) -> int:
     """Add the cohorts of archives to a store; return how many were new. Those that it has already are left alone.
 
     An unfinished cohort of the store gives way to the archive's finished one. A run may come in several cohorts, of stores that were
     planned differently: it counts once. Raises `StoreError` for a file that is no archive, and where a cohort was trained twice with
     different results; nothing of that archive is added then.
+
+    An instrument's rows come in only where they were measured with settings of rows that the store has of it (or it has none), since
+    a table does not tell them apart. What is left out, `note` is told in one line an archive.
     """
-    return sum(_merge(store, file) for file in files)
+    return sum(_merge(store, file, note) for file in files)
 
 
-def _merge(store: Store, file: Path) -> int:
+def _merge(store: Store, file: Path, note: Callable[[str], None]) -> int:
     with tempfile.TemporaryDirectory(dir=store.path, prefix=".merge-") as temporary:
         folder = Path(temporary)
         try:
@@ -80,14 +84,27 @@ def _merge(store: Store, file: Path) -> int:
         store.remove([c for c in store.cohorts() if c.id in {n.id for n in new}])
         for cohort in new:
             shutil.move(cohort.path, store.path / "cohorts" / cohort.id)
-        for rows in sorted(folder.glob("rows/*/*.parquet")):
-            there = store.path / rows.relative_to(folder)
-            if not there.exists():
-                there.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(rows, there)
+        if left_out := _add_rows(store, folder):
+            said = f"rows of {', '.join(left_out)} are left out: {store.path} has some that were measured with other settings"
+            note(f"{file}: {said}; measure them again there, or keep two stores")
         if (folder / "study.json").exists() and not (store.path / "study.json").exists():
             shutil.move(folder / "study.json", store.path / "study.json")
     return len(new)
+
+
+def _add_rows(store: Store, folder: Path) -> list[str]:
+    """Move instruments' rows of an unpacked archive into the store; return the tables of those that stay out, being measured otherwise."""
+    here = {table.name: {file.name: settings_of(file) for file in table.glob("*.parquet")} for table in store.path.glob("rows/*")}
+    left_out = set()
+    for rows in sorted(folder.glob("rows/*/*.parquet")):
+        table, settings = rows.parent.name, settings_of(rows)
+        known = here.get(table, {})
+        if known and settings not in ([known[rows.name]] if rows.name in known else known.values()):
+            left_out.add(table)
+        elif rows.name not in known:
+            (store.path / "rows" / table).mkdir(parents=True, exist_ok=True)
+            shutil.move(rows, store.path / "rows" / table / rows.name)
+    return sorted(left_out)
 
 
 def _results(folder: Path) -> dict[str, str]:

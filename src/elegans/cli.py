@@ -200,7 +200,7 @@ def merge(
         raise StoreError(f"{missing[0]}: no such file; give an archive that `elegans archive` wrote")
     opened = Store.create(store)
     with opened.lock():
-        print(f"{add(opened, files)} new cohorts in {store}")
+        print(f"{add(opened, files, lambda line: print(line, file=sys.stderr))} new cohorts in {store}")
 
 
 @app.command(epilog="Example: elegans bench --replicas 8 --seconds 3")

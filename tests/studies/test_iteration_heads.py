@@ -95,11 +95,12 @@ def test_the_published_table_is_that_of_the_parts_cells() -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Four seeds with and four without chain of thought, 320 steps of up to 4 inputs modulo 5; 51 of the 340 contents are tested on.
+    """Four seeds with and four without chain of thought, 320 steps of 32 rows of up to 4 inputs modulo 5.
 
+    51 of the 340 contents are tested on.
     Both are in one store, each seen without the other.
     """
-    at = dataclasses.replace(ih.SMALL, length=4, epochs=5, every=5, lr=5e-3)
+    at = dataclasses.replace(ih.SMALL, length=4, batch=32, rows=256, epochs=10, every=10, lr=5e-3)
     folder, stores = tmp_path_factory.mktemp("tiny"), {}
     for label, cot in (("CoT", True), ("no CoT", False)):
         task = dataclasses.replace(ih.polynomial(at, cot=cot), split=Split(train=0.7, validation=0.15))
@@ -148,7 +149,7 @@ def test_a_figure_draws_the_rows_of_its_own_runs(tiny, tmp_path) -> None:
     assert [f.name for f in files] == ["positions.png", "positions.pdf", "positions.csv"] and all(f.stat().st_size for f in files)
     (row,) = [r for r in pyarrow.csv.read_csv(files[-1]).to_pylist() if r["quantity"] == "test_exact_match"]
     mean, low, high = interval(final(tiny["CoT"]), 0.95)
-    assert (row["label"], row["x"], row["runs"]) == ("CoT", 5, 4)
+    assert (row["label"], row["x"], row["runs"]) == ("CoT", 10, 4)
     np.testing.assert_allclose((row["mean"], row["low"], row["high"]), (mean, low, high), rtol=1e-5)
 
 

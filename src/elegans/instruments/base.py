@@ -16,6 +16,7 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -227,8 +228,12 @@ def _names(value: str | Sequence[str]) -> Sequence[str]:
 
 def _measured(store: Store, instrument: Instrument, part: str) -> bool:
     path = store.path / "rows" / instrument.kind / f"{part}.parquet"
-    metadata = pq.read_schema(path).metadata or {} if path.exists() else {}
-    return metadata.get(b"instrument", b"").decode() == identity(instrument)
+    return path.exists() and settings_of(path) == identity(instrument)
+
+
+def settings_of(rows: Path) -> str:
+    """Identity of the instrument, its settings included, that measured the rows of a file."""
+    return (pq.read_schema(rows).metadata or {}).get(b"instrument", b"").decode()
 
 
 def _stacked(runs: dict[str, Run], networks: Sequence[tuple[str, int, np.ndarray]]) -> tuple[Run, np.ndarray, TaskData, Any]:
