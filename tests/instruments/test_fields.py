@@ -16,7 +16,7 @@ from elegans.instruments import Ablate, AttentionMaps, Circuit, Dynamics, Evalua
 from elegans.instruments.base import silent
 from elegans.models.transformer import Transformer
 from elegans.specs import _KINDS, is_abstract
-from elegans.tasks import Addition, Parity
+from elegans.tasks import Addition, Mixture, Parity
 from elegans.tasks.sampling import prepare
 from elegans.training import Run
 
@@ -40,6 +40,7 @@ CASES: dict[ReplicaInstrument, dict[str, list[Any]]] = {
     Dynamics(examples=4): DRAWS,
     Evaluate(task=Parity(length=5), examples=4): {**DRAWS, "task": [Parity(length=5, shortest=2), Parity(length=4)]},
     Evaluate(examples=4): {"own": [True]},
+    Evaluate(task=Mixture(tasks=(Parity(length=5), Parity(length=4))), examples=4): {"apart": ["tasks"]},
 }
 PAIRS = [pytest.param(base, name, v, id=f"{base.kind}-{name}-{v}") for base, c in CASES.items() for name, vs in c.items() for v in vs]
 
