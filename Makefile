@@ -1,6 +1,7 @@
 # Everything happens in .venv, made with pip from constraints.txt; nothing else is needed beforehand.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0
 export ELEGANS_CACHE ?= $(CURDIR)/.cache/jax
 
 .PHONY: demo test test-all lint bench clean
@@ -9,10 +10,10 @@ demo: .venv/demo
 	$(BIN)/elegans run carry --store runs/carry
 
 test: .venv/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0
+	JAX_PLATFORMS=cpu $(PYTEST)
 
 test-all: .venv/dev .venv/bench
-	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 -m "slow or not slow" --timeout 1800 -o faulthandler_timeout=1790 --durations 15
+	JAX_PLATFORMS=cpu XLA_FLAGS= $(PYTEST) -m "slow or not slow" --timeout 1800 -o faulthandler_timeout=1790 --durations 15
 
 lint: .venv/dev
 	$(BIN)/ruff check .

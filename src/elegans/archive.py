@@ -99,7 +99,8 @@ def _add_rows(store: Store, folder: Path) -> list[str]:
     for rows in sorted(folder.glob("rows/*/*.parquet")):
         table, settings = rows.parent.name, settings_of(rows)
         known = here.get(table, {})
-        if known and settings not in ([known[rows.name]] if rows.name in known else known.values()):
+        allowed = {known[rows.name]} if rows.name in known else set(known.values()) or {settings}
+        if settings not in allowed:
             left_out.add(table)
         elif rows.name not in known:
             (store.path / "rows" / table).mkdir(parents=True, exist_ok=True)

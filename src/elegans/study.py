@@ -115,9 +115,8 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
         instrument.check_names(resolve(run) for run in study.runs)
 
     def look() -> None:
-        mine = Store(path).only(study.runs)  # what else is in the store may be nothing that these instruments can measure
-        for instrument in networks:
-            measure(instrument, mine, listener)
+        for instrument in networks:  # what else is in the store may be nothing that these can measure
+            measure(instrument, Store(path).only(study.runs), listener)
 
     store = train(study.runs, path, listener=listener, ended=look, **options)
     noted = store.path / "study.json"

@@ -122,7 +122,7 @@ def _lines(runs: dict[str, dict[float, float]]) -> Lines:
 def moment(store: Store) -> tuple[str, str]:
     """SQL that turns a step of run r into the axis that figures have, and its name: epochs, where there is a finite training set."""
     finite = "train_set" in store.table("runs").column_names
-    return ("r.batch / r.train_set", "epoch") if finite else ("1e0", "optimiser step")
+    return ("r.batch / r.train_set", "epoch") if finite else ("1e0", "optimiser step")  # 1.0 would be a decimal
 
 
 def natural(text: str) -> list[Any]:

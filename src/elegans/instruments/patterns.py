@@ -97,9 +97,11 @@ def _iteration_targets(where: Iteration, last: Int[Array, ""], queries: int) -> 
 
 def _of_each_task(task: Task, example: Example, found: dict[str, Targets]) -> dict[str, Targets]:
     """Patterns, and of a mixture of several tasks also those of rows of each task that is drawn from."""
-    if not isinstance(task, Several) or sum(chance is not None for chance in task.held_out()) < 2:
+    if not isinstance(task, Several):
         return found
     drawn = [i for i, chance in enumerate(task.held_out()) if chance is not None]
+    if len(drawn) < 2:
+        return found
     which = example.truth["task"].values[0]
     apart = [(f"{task.names[i]}.{name}", jnp.where(which == i, t, NOWHERE)) for i in drawn for name, t in found.items()]
     return found | dict(apart)
