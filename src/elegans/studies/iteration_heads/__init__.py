@@ -37,7 +37,6 @@ from elegans.studies.iteration_heads.settings import (
     pair,
     parity,
     polynomial,
-    quick,
     seeded,
     setting,
     sketched,
@@ -97,7 +96,7 @@ def emergence(at: Scale) -> Made:
 def width(at: Scale) -> Made:
     """How does accuracy fall with the length of the rows and the width of the model, and what do CoT and the second layer change?
 
-    The published table, cell by cell: seven settings at lengths 5, 10, 16, 20 and 30, in bf16. Cost: 35 structures x 20 runs x 20,000 to
+    The published table, cell by cell: seven settings at lengths 5, 10, 16, 20 and 30. Cost: 35 structures x 20 runs x 20,000 to
     120,000 steps, about an hour of one H100; `seed=0..4 epochs=500` an eighth of it. Expect `PUBLISHED`: polynomial at d 32 always 1, at
     d 16 down to .03 at length 30, without CoT .1, with one layer .87 to .03; parity without CoT always 1.
     """
@@ -108,14 +107,14 @@ def width(at: Scale) -> Made:
         runs.append(setting(at, "polynomial, 1 layer", polynomial(at, n), model(62, 1)))
         runs.append(setting(at, f"parity, d {at.d_model}", parity(at, n)))
         runs.append(setting(at, "parity, no CoT", parity(at, n, False), model(12)))
-    return seeded(at, *sketched(*(quick(at, run) for run in runs))), (Evaluate(own=True, examples=at.examples, at="final"),)
+    return seeded(at, *sketched(*runs)), (Evaluate(own=True, examples=at.examples, at="final"),)
 
 
 @part(figures.transfer)
 def transfer(at: Scale) -> Made:
     """How much sooner is parity learned after 200 epochs of polynomial iteration than from scratch, and polynomial after parity?
 
-    d 128, length 16, bf16; a child starts from its parent's weights at epoch 200, with a new optimiser. Epochs to exact match 0.9 and
+    d 128, length 16; a child starts from its parent's weights at epoch 200, with a new optimiser. Epochs to exact match 0.9 and
     their ratio to scratch, seed by seed, with and without counting the 200. Overriding `seed` would pair children with other seeds'
     parents: leave it. Exact match is of all lengths, 0.9 of which is 0.88 or more of 4 inputs and more (the published ones): their
     three shorter ones are 3 rows of 16; lengths apart would need the weights of all 14,000 recordings, 23 GB.
@@ -127,8 +126,8 @@ def transfer(at: Scale) -> Made:
     step = round((0.5 if at.small else 0.2) * setting(large, "", tasks["parity"]).length)
     runs = []
     for first, second in (("polynomial", "parity"), ("parity", "polynomial")):
-        parent = replace(quick(at, setting(large, f"{first} from scratch", tasks[first])), "record.weights", At((step,)))
-        child = quick(at, setting(large, f"{second} after {first}", tasks[second], epochs=0.5, every=0.2))
+        parent = replace(setting(large, f"{first} from scratch", tasks[first]), "record.weights", At((step,)))
+        child = setting(large, f"{second} after {first}", tasks[second], epochs=0.5, every=0.2)
         parents = seeded(at, parent)
         runs += parents + [dataclasses.replace(run, after_step=step) for run in follow(parents, *sketched(child))]
     return runs, ()
@@ -175,7 +174,7 @@ def law(at: Scale) -> Made:
     `width` has not. Expect nothing published; the table of `width` puts half-way near d 16 at length 8 and d 20 at length 20, b about 0.3.
     """
     lengths = [n for n in at.lengths if n <= 20]
-    runs = [quick(at, setting(at, f"d {d}, length {n}", polynomial(at, n), model(d))) for d, n in itertools.product(at.widths, lengths)]
+    runs = [setting(at, f"d {d}, length {n}", polynomial(at, n), model(d)) for d, n in itertools.product(at.widths, lengths)]
     return seeded(at, *sketched(*runs), share=0.5), (Evaluate(own=True, examples=at.examples, at="final"),)
 
 

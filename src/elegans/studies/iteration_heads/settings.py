@@ -67,7 +67,7 @@ def setting(at: Scale, label: str, task: Task | None = None, of: Transformer | N
     """One run of the authors' training, of so many times the scale's epochs, recorded so many times as rarely.
 
     An epoch is 1,024 rows for every length (of several tasks: of the last one) and their finite set; tasks that change as they go
-    see as many fresh rows instead.
+    see as many fresh rows instead. In bf16, twice as quick on a GPU; float32 where everything is small.
     """
     task = task or polynomial(at)
     goal: Any = getattr(task, "tasks", (task,))[-1]
@@ -77,11 +77,7 @@ def setting(at: Scale, label: str, task: Task | None = None, of: Transformer | N
     n = epochs * at.epochs
     length: dict[str, Any] = {"examples": n * rows} if task.scheduled else {"epochs": n, "train_set": rows}
     optim = AdamW(lr=at.lr, weight_decay=0.0, b2=0.999, clip=None)
-    return Run(task=task, model=of or model(at.d_model), optim=optim, batch=at.batch, record=record, label=label, **length)
-
-
-def quick(at: Scale, run: Run) -> Run:
-    """The run in bf16, twice as quick on a GPU, for the parts that cost most; as it is where everything is small."""
+    run = Run(task=task, model=of or model(at.d_model), optim=optim, batch=at.batch, record=record, label=label, **length)
     return run if at.small else replace(run, "model.dtype", "bfloat16")
 
 
