@@ -35,8 +35,8 @@ def test_kernel_is_attention_forward_and_backward(length, heads, width):
         assert np.linalg.norm(got - want) < 4 * BF16 * np.linalg.norm(want)
 
 
-def test_only_unedited_bfloat16_on_a_gpu_is_served(monkeypatch):
-    """An edit may want to see scores, and float32 promises more than the kernel's products keep."""
+def test_only_unedited_bfloat16_rows_on_a_gpu_are_served(monkeypatch):
+    """An edit may want to see what kernels skip, and float32 promises more than their products keep."""
 
     class Gpu:
         platform = "gpu"
@@ -50,11 +50,12 @@ def test_only_unedited_bfloat16_on_a_gpu_is_served(monkeypatch):
 
 def test_a_model_gives_the_same_through_the_kernel(monkeypatch):
     """Scale, rotary positions and biases reach the kernel as they reach the formula; the trace still has its pattern."""
-    model = Transformer(layers=1, d_model=32, heads=2, attention=Attention(scale=0.7), bias=True, dtype="bfloat16")
+    model = Transformer(layers=1, d_model=32, heads=2, attention=Attention(scale=0.7), mlp=None, bias=True, dtype="bfloat16")
     params, tokens = model.init(jax.random.key(0), 5, 9), jnp.arange(9) % 5
     logits, trace = model.apply(params, tokens)
     kernel = fused.attention
     monkeypatch.setattr(fused, "serves", lambda dtype, edit: True)
+    monkeypatch.setattr(fused, "LEAST_ROW", 9)
     monkeypatch.setattr(fused, "attention", lambda q, k, v: kernel(q, k, v, interpret=True))
     through, traced = model.apply(params, tokens)
     assert not np.array_equal(trace["z.0"], traced["z.0"])  # another order of additions: it did go through
@@ -64,9 +65,19 @@ def test_a_model_gives_the_same_through_the_kernel(monkeypatch):
 
 def test_scores_with_a_bias_never_go_through_the_kernel(monkeypatch):
     """The kernel adds nothing to scores: ALiBi must take the formula, where others are served."""
-    model = Transformer(layers=1, d_model=32, heads=2, position=ALiBi(span=1.0), dtype="bfloat16")
+    model = Transformer(layers=1, d_model=32, heads=2, mlp=None, position=ALiBi(span=1.0), dtype="bfloat16")
     params, tokens = model.init(jax.random.key(0), 5, 9), jnp.arange(9) % 5
     logits, _ = model.apply(params, tokens)
     monkeypatch.setattr(fused, "serves", lambda dtype, edit: True)
+    monkeypatch.setattr(fused, "LEAST_ROW", 9)
     monkeypatch.setattr(fused, "attention", lambda q, k, v: pytest.fail("went through the kernel"))
     assert np.array_equal(model.apply(params, tokens)[0], logits)
+
+
+def test_short_rows_take_the_formula(monkeypatch):
+    """They are quicker without the kernel."""
+    model = Transformer(layers=1, d_model=32, heads=2, mlp=None, dtype="bfloat16")
+    params, tokens = model.init(jax.random.key(0), 5, 9), jnp.arange(fused.LEAST_ROW - 1) % 5
+    monkeypatch.setattr(fused, "serves", lambda dtype, edit: True)
+    monkeypatch.setattr(fused, "attention", lambda q, k, v: pytest.fail("went through the kernel"))
+    jax.eval_shape(model.apply, params, tokens)

@@ -83,7 +83,7 @@ class Context:
     positions: Any = None  # the model's Positions component, or None
     key: jax.Array | None = None  # dropout is on where there is a key
     dropout: Any = None
-    fused: bool = False  # attention may skip its scores and pattern: see models/fused.py
+    fused: bool = False  # kernels may stand in for formulas, and skip their sites: see models/fused.py
 
     def drop(self, x: Array, purpose: int) -> Array:
         """Dropout of x, where it is on; `purpose` tells the uses of one layer apart."""

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
-from elegans.models import fused
+from elegans.models import fused, fused_mlp
 from elegans.models.base import Context, Dtype, FeedForward, Mixer, Model, Norm, Params, Sizes
 from elegans.models.positions import Learned, Positions, Rotary
 from elegans.specs import field, spec, structure
@@ -93,7 +93,7 @@ class Attention(Mixer):
         scores = site("scores", scores if bias is None else scores + bias)
         causal = jnp.tri(x.shape[0], dtype=bool)
         pattern = site("pattern", jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(scores.dtype).min)).astype(x.dtype))
-        if context.fused and bias is None:  # the kernel knows no biases
+        if context.fused and bias is None and x.shape[0] >= fused.LEAST_ROW:  # the kernel knows no biases
             return _heads_out(params, fused.attention(q * jnp.asarray(self.scale, q.dtype), k, v), context)
         return _heads_out(params, jnp.einsum("hqk,khe->qhe", pattern, v), context)
 
@@ -304,13 +304,13 @@ class Transformer(Model):
             seen[name] = x = edit(name, x)
             return x
 
-        kernel = fused.serves(self.dtype, edit)
+        kernels = fused.serves(self.dtype, edit)
         exact = jax.default_matmul_precision("highest") if self.dtype == "float32" else contextlib.nullcontext()
         with exact:
             x = site("embed", self._embed(params, tokens, key))
             for i, (block, mixer) in enumerate(zip(params["blocks"], self._mixers, strict=True)):
                 layer_key = None if key is None else jax.random.fold_in(key, i + 1)
-                here = Context(tokens, lambda name, y, i=i: site(f"{name}.{i}", y), self.position, layer_key, self.dropout, kernel)
+                here = Context(tokens, lambda name, y, i=i: site(f"{name}.{i}", y), self.position, layer_key, self.dropout, kernels)
                 x = self._block(mixer, block, x, here)
             x = site("normed", self.norm.apply(params["ln_final"], x, Context(tokens, site)) if self.norm else x)
             w = params["embed"]["W_E"].T if self.tied else params["unembed"]["W_U"]
@@ -336,8 +336,18 @@ class Transformer(Model):
             x = site("resid_mid", (read if self.skip == "normed" else x) + context.drop(site("attn_out", y), 0))
         if self.mlp:
             y = self.mlp.apply(params["mlp"], site("ln2", norm(params["ln2"], x, context)), context)
-            x = x + context.drop(site("mlp_out", y), 1)
+            y = x + context.drop(site("mlp_out", y), 1)
+            formula = self._kernel(x, context)
+            x = fused_mlp.block(formula, params["ln2"], params["mlp"], x) if formula else y
         return site("resid", x)
+
+    def _kernel(self, x: Array, context: Context) -> fused_mlp.Formula | None:
+        """What the kernel of x + mlp(norm(x)) should compute, where it knows both parts: a subclass of them may do anything else."""
+        norm, mlp, drops = self.norm, self.mlp, self.dropout is not None and context.key is not None
+        fits = x.dtype == jnp.bfloat16 and x.shape[-1] <= fused_mlp.WIDEST
+        if not (context.fused and fits and not drops and norm and type(norm) in (RMSNorm, LayerNorm) and type(mlp) in (MLP, SwiGLU)):
+            return None
+        return fused_mlp.Formula(type(norm) is LayerNorm, norm.eps, mlp.activation if isinstance(mlp, MLP) else "swiglu")
 
     def probed_sites(self) -> dict[str, tuple[str, ...]]:
         per_layer = {
