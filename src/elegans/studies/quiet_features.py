@@ -136,7 +136,8 @@ def within() -> Made:
     """When do a task's intermediate results become readable while one network trains, and does it use them?
 
     One setting of each task that is learned within 2e13 FLOPs, weights recorded ten times a decade, probed after every block and ablated.
-    Cost: 9 structures x 8 runs (16 of addition) x 7,000 to 50,000 steps, and as many programs for probes and ablations.
+    Cost: 9 structures x 8 runs (64 of addition, whose leads decide and vary most) x 7,000 to 50,000 steps, and as many programs for probes
+    and ablations.
     """
     ten = LogSpaced(per_decade=10)
     recorded = Record(train=ten, evaluate=ten, weights=ten, examples=1000, by_position=False)
@@ -145,7 +146,7 @@ def within() -> Made:
         add = isinstance(task, Addition)
         setting = {"model.d_model": 32, "optim.lr": 1e-2, "flops": 1e12} if add else {"model.d_model": 64, "optim.lr": 1e-3, "flops": 2e13}
         run = changed(task, setting | {"batch": 8, "record": recorded, "label": "{task} seed={seed}"})
-        runs += grid(run, {"seed": range(16 if add else 8)})
+        runs += grid(run, {"seed": range(64 if add else 8)})
     return runs, (Probe(), Ablate(at="final", draws=16), Transition())
 
 
