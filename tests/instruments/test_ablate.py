@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import elegans as el
+import elegans.instruments.ablate as module
 from elegans.errors import Invalid
 from elegans.instruments.ablate import SAME, Ablate, Removal, best, measured, orthonormal, summary
 from elegans.instruments.probe import fit, meeting, reads, vectors
@@ -130,6 +131,34 @@ def test_a_removed_subspace_is_gone_from_every_plane():
     np.testing.assert_allclose(w[0].T @ moved + offset[0], 0, atol=1e-4)
     outside = np.linalg.svd(w[0])[0][:, 2:]
     np.testing.assert_allclose(outside.T @ moved, outside.T @ x, atol=1e-5)
+
+
+def test_no_key_is_used_twice(monkeypatch):
+    """Of the rows, of random labels, of the bootstrap."""
+    task, ablate = Addition(length=2, split=None), Ablate(fit=8, test=8, draws=1)
+    run = Run(task, el.Transformer(layers=1, d_model=4, heads=1), steps=1)
+    used = []
+
+    def spied(name, at, rows=1):
+        original = getattr(module, name)
+
+        def spy(*args):
+            used.append(jax.random.split(args[at], rows) if rows > 1 else args[at][None])
+            return original(*args)
+
+        monkeypatch.setattr(module, name, spy)
+
+    spied("draw_set", 2, rows=8)
+    spied("with_random_labels", 0)
+    spied("summary", 1)
+
+    @jax.jit
+    def keys(key):
+        ablate.apply(run, run.model.init(key, task.vocab_size, task.positions), prepare(task), key)
+        return jax.random.key_data(jnp.concatenate(used))
+
+    found = np.asarray(keys(jax.random.key(0)))
+    assert len(np.unique(found, axis=0)) == len(found) > 2 * 8
 
 
 def test_a_method_is_asked_for_once():

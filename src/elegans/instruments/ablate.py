@@ -57,7 +57,7 @@ class Ablate(ReplicaInstrument):
         return {"features": features_of(run, ()), "family": tuple(run.model.probed_sites())}
 
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
-        keys = jax.random.split(key, 3)
+        keys = jax.random.split(key, 4)
         parts = ("validation", self.fit), ("test", self.test)
         train, test = (draw_set(run.task, p, k, n, data) for (p, n), k in zip(parts, keys, strict=False))
         sites = sites_of(run, (self.family,))
@@ -70,7 +70,7 @@ class Ablate(ReplicaInstrument):
         joint = meeting(run, names)
         for i, name in enumerate(names):
             donors = other and reads(run, other[1], other[0], name)
-            removals, for_bounds = self._planned(reads(run, seen, train, name), jax.random.fold_in(key, i))
+            removals, for_bounds = self._planned(reads(run, seen, train, name), jax.random.fold_in(keys[3], i))
             rows = jax.lax.map(lambda r, n=name, d=donors: measured(run, params, test, n, sites, r, d, n in joint), removals)
             made[name] = self._summary(rows, for_bounds)
         return made
