@@ -10,7 +10,7 @@ import pytest
 import elegans as el
 import elegans.instruments.ablate as module
 from elegans.errors import Invalid
-from elegans.instruments.ablate import SAME, Ablate, Removal, best, measured, orthonormal, summary
+from elegans.instruments.ablate import SAME, Ablate, Asked, Removal, best, measured, orthonormal, summary
 from elegans.instruments.probe import fit, meeting, reads, vectors
 from elegans.models.handmade import DIRECTIONS, adder
 from elegans.randomness import Purpose, key_for
@@ -69,7 +69,7 @@ def test_the_interval_of_a_mean_is_the_normal_one():
     rng = np.random.default_rng(0)
     values = rng.exponential(size=(1, 400)).astype(np.float32)
     ones = jnp.ones((1, 400))
-    rows = {"loss": jnp.asarray(values), "accuracy": ones, "exact_match": ones, "tokens": 3 * ones, "rows": ones}
+    rows = {"loss": 3 * jnp.asarray(values), "accuracy": 3 * ones, "exact_match": ones, "tokens": 3 * ones, "rows": ones}
     made = {k: float(v[0]) for k, v in jax.jit(summary)(rows, jax.random.key(0)).items()}
     half = 1.96 * values.std() / 20
     assert made["loss"] == pytest.approx(values.mean(), rel=1e-5)
@@ -94,7 +94,7 @@ def replaced():
         rolled = jax.tree.map(lambda a: jnp.roll(a, shift, 0), rows)
         donors = reads(run, vectors(run, params, rolled, sites), rolled, feature)
         donors = donors._replace(counted=donors.counted * lends)
-        found = measured(run, params, rows, feature, sites, removal, donors)
+        found = measured(run, params, rows, Asked(feature, sites, donors=donors), removal)
         return found["exact_match"].mean()
 
     def replace(feature, target, shift=None, lends=1.0):
