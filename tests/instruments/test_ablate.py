@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import elegans as el
+import elegans.instruments.ablate as module
 from elegans.errors import Invalid
-from elegans.instruments.ablate import SAME, Ablate, Removal, best, measured, orthonormal, summary
+from elegans.instruments.ablate import SAME, Ablate, Asked, Removal, best, measured, orthonormal, summary
 from elegans.instruments.probe import fit, meeting, reads, vectors
 from elegans.models.handmade import DIRECTIONS, adder
 from elegans.randomness import Purpose, key_for
@@ -68,7 +69,7 @@ def test_the_interval_of_a_mean_is_the_normal_one():
     rng = np.random.default_rng(0)
     values = rng.exponential(size=(1, 400)).astype(np.float32)
     ones = jnp.ones((1, 400))
-    rows = {"loss": jnp.asarray(values), "accuracy": ones, "exact_match": ones, "tokens": 3 * ones, "rows": ones}
+    rows = {"loss": 3 * jnp.asarray(values), "accuracy": 3 * ones, "exact_match": ones, "tokens": 3 * ones, "rows": ones}
     made = {k: float(v[0]) for k, v in jax.jit(summary)(rows, jax.random.key(0)).items()}
     half = 1.96 * values.std() / 20
     assert made["loss"] == pytest.approx(values.mean(), rel=1e-5)
@@ -93,7 +94,7 @@ def replaced():
         rolled = jax.tree.map(lambda a: jnp.roll(a, shift, 0), rows)
         donors = reads(run, vectors(run, params, rolled, sites), rolled, feature)
         donors = donors._replace(counted=donors.counted * lends)
-        found = measured(run, params, rows, feature, sites, removal, donors)
+        found = measured(run, params, rows, Asked(feature, sites, donors=donors), removal)
         return found["exact_match"].mean()
 
     def replace(feature, target, shift=None, lends=1.0):
@@ -130,6 +131,34 @@ def test_a_removed_subspace_is_gone_from_every_plane():
     np.testing.assert_allclose(w[0].T @ moved + offset[0], 0, atol=1e-4)
     outside = np.linalg.svd(w[0])[0][:, 2:]
     np.testing.assert_allclose(outside.T @ moved, outside.T @ x, atol=1e-5)
+
+
+def test_no_key_is_used_twice(monkeypatch):
+    """Of the rows, of random labels, of the bootstrap."""
+    task, ablate = Addition(length=2, split=None), Ablate(fit=8, test=8, draws=1)
+    run = Run(task, el.Transformer(layers=1, d_model=4, heads=1), steps=1)
+    used = []
+
+    def spied(name, at, rows=1):
+        original = getattr(module, name)
+
+        def spy(*args):
+            used.append(jax.random.split(args[at], rows) if rows > 1 else args[at][None])
+            return original(*args)
+
+        monkeypatch.setattr(module, name, spy)
+
+    spied("draw_set", 2, rows=8)
+    spied("with_random_labels", 0)
+    spied("summary", 1)
+
+    @jax.jit
+    def keys(key):
+        ablate.apply(run, run.model.init(key, task.vocab_size, task.positions), prepare(task), key)
+        return jax.random.key_data(jnp.concatenate(used))
+
+    found = np.asarray(keys(jax.random.key(0)))
+    assert len(np.unique(found, axis=0)) == len(found) > 2 * 8
 
 
 def test_a_method_is_asked_for_once():

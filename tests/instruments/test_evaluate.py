@@ -82,7 +82,7 @@ def test_scores_on_another_task_are_counted_row_by_row():
 def test_a_task_without_lengths_has_one_row_a_network():
     lent = dataclasses.replace(RUNS["perfect"], task=Mixture(tasks=(TASK, Addition(length=2, split=None)), weights=(1, 0)))
     layouts = Evaluate(task=Addition(length=2, split=None)).layouts(lent)
-    assert {name: len(layout.columns()["task"]) for name, layout in layouts.items()} == {"addition, all": 1}
+    assert {name: len(layout.columns()["task"]) for name, layout in layouts.items()} == {"addition": 1}
 
 
 def test_what_a_network_cannot_read_is_refused():

@@ -12,7 +12,7 @@ from elegans.errors import Invalid
 from elegans.instruments import graft, ov, qk, step_table
 from elegans.models.handmade import SHARP
 from elegans.models.iterator import HEADS, iterator
-from elegans.models.transformer import LayerNorm, Learned, Transformer
+from elegans.models.transformer import LayerNorm, Learned, RMSNorm, Transformer
 from elegans.network import Network
 from elegans.tasks import Addition
 from elegans.training import Run
@@ -38,15 +38,21 @@ def program(norm):
 
     def forward(params, tokens, looks, replace):
         logits, seen = model.apply(params, tokens, edit=lambda s, x: jnp.where(replace, looks, x) if s == "pattern.0" else x)
-        return logits, seen["scores.0"]
+        return logits, seen["scores.0"], seen["resid.0"]
 
     return jax.jit(forward)
 
 
 def trace(net, tokens=EVERY, looks=None):
-    """Logits, and the scores of layer 0; `looks` replaces its attention."""
+    """Logits, and the scores and the stream of layer 0; `looks` replaces its attention."""
     given = np.zeros((2, 5, 5), np.float32) if looks is None else looks
     return jax.device_get(program(net.model.norm)(net.params, tokens, given, looks is not None))
+
+
+def length(norm, x):
+    """By what a normalisation divides a stream."""
+    x = x - x.mean(-1, keepdims=True) if isinstance(norm, LayerNorm) else x
+    return 1 if norm is None else np.sqrt((x**2).mean(-1, keepdims=True) + norm.eps)
 
 
 def known(name):
@@ -75,13 +81,17 @@ def test_positions_have_factors_where_they_are_learned():
         qk(dataclasses.replace(net, run=Run(TASK, rotary, steps=1)), 0, 0, "position")
 
 
-def test_ov_is_what_attending_to_a_token_adds_to_the_logits():
-    net = network(pos_embed="W_pos")
+@pytest.mark.parametrize("norm", [None, LayerNorm(), RMSNorm()])
+def test_ov_is_what_attending_to_a_token_adds_to_the_logits(norm):
+    """Times the length of the stream, by which a last normalisation divides."""
+    net = network(norm, pos_embed="W_pos")
     net.params["blocks"][0]["attn"]["b_V"] *= 0  # the same for every key
+    if isinstance(norm, LayerNorm):
+        net.params["ln_final"]["b"] *= 0
     for head in (0, 1):
         looks = np.zeros((2, 5, 5), np.float32)
         looks[head] = np.eye(5)[::-1]  # each token at another
-        logits = [trace(net, looks=p)[0] for p in (looks, 0 * looks)]
+        logits = [logits * length(norm, x) for logits, _, x in (trace(net, looks=p) for p in (looks, 0 * looks))]
         np.testing.assert_allclose(ov(net, 0, head).values[::-1], logits[0] - logits[1], rtol=1e-4, atol=1e-5)
 
 

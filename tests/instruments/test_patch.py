@@ -11,6 +11,7 @@ from elegans.instruments import Patch
 from elegans.instruments.patch import _whole_circuit
 from elegans.models.iterator import HEADS
 from elegans.models.transformer import Transformer
+from elegans.training import follow
 from iterating import NETWORKS, RUNS, held_out, measured, without
 
 ROWS = 128
@@ -170,6 +171,13 @@ def test_partners():
     assert Patch(other="seed").partners(networks, runs) == [1, 2, 0, 4, 5, 3]
     longer = {a: dataclasses.replace(runs[a], steps=3), b: runs[b]}  # differs in more than its seed
     assert Patch(other="seed").partners([(a, 0), (b, 0)], longer) == [None, None]
+
+
+def test_runs_whose_parents_differ_in_seeds_alone_are_partners():
+    parents = [dataclasses.replace(RUNS["perfect"], seed=seed) for seed in (5, 6)]
+    others = [dataclasses.replace(parents[0], steps=3)]  # its length tells it apart
+    runs = {run.id: run for run in [RUNS["perfect"], *follow(parents + others, RUNS["perfect"])]}
+    assert Patch(other="seed").partners([(i, 2) for i in runs], runs) == [None, 2, 1, None]
 
 
 def test_without_a_partner_there_are_no_rows_of_it():

@@ -204,10 +204,13 @@ where {FETCH} group by all) join runs r using (run) group by all order by run, y
 
 def joint(store: Store) -> Drawn:
     """How peaked the sharpest head is on rows of each task, and the head that is sharpest on both: whether one serves both."""
-    of_heads = "select run, step, layer, head, {}y from (select run, step, layer, head, pattern, avg(peakiness) as y from circuit m where "
-    of_heads += "m.pattern like '{}.iteration_2' and " + f"m.length >= {LEAST} group by all) "
-    asked = {f"sharpest head, {name} rows": of_heads.format("", name) for name in ("polynomial", "parity")}
-    asked["the same head, rows of either"] = of_heads.format("min(y) as ", "%") + "group by run, step, layer, head having count(*) = 2"
+    peaks = f"select run, step, layer, head, pattern, avg(peakiness) as y from circuit where length >= {LEAST} group by all"
+    asked = {
+        "sharpest head, polynomial rows": f"select run, step, y from ({peaks}) where pattern = 'polynomial.iteration_2'",
+        "sharpest head, parity rows": f"select run, step, y from ({peaks}) where pattern = 'parity.iteration_2'",
+        "the same head, rows of either": f"""select run, step, min(y) as y from ({peaks}) where pattern like '%.iteration_2'
+group by run, step, layer, head having count(*) = 2""",
+    }
     require(store, "circuit")
     made = {title: lines(store, f"({query})", "max(m.y)") for title, query in asked.items()}
     seeds = {label: len(each.runs) for found in made.values() for label, each in found.items()}

@@ -23,7 +23,7 @@ from elegans.errors import StoreError
 from elegans.figures import style
 from elegans.figures.effects import jitter
 from elegans.figures.paper import LOOK, WIDTH, diamond, name_rows, save
-from elegans.instruments.crossings import Bracket, bracket, crossing, interval
+from elegans.instruments.crossings import Bracket, bracket, interval
 from elegans.store import Store
 
 CONFIDENCE, LEARNED = 0.95, 0.9  # coverage; exact match that counts as learned
@@ -75,17 +75,9 @@ class Lines:
         """The first recorded moment at which each run is at a level or above."""
         return [next(iter(self.x[np.nan_to_num(v, nan=-np.inf) >= level].tolist()), None) for v in self.values]
 
-    def crossings(self, level: float) -> list[float | None]:
-        """Where each run passes a level for good."""
-        return [crossing(*each, level) for each in self._known()]
-
     def brackets(self, level: float) -> list[Bracket]:
         """The recorded moments between which each run passes a level for good; infinite where it never does."""
-        return [bracket(*each, level) for each in self._known()]
-
-    def _known(self) -> list[tuple[list[float], list[float]]]:
-        there = np.isfinite(self.values)
-        return [(self.x[k].tolist(), v[k].tolist()) for v, k in zip(self.values, there, strict=True)]
+        return [bracket(self.x[k].tolist(), v[k].tolist(), level) for v, k in zip(self.values, np.isfinite(self.values), strict=True)]
 
 
 def require(store: Store, *tables: str) -> None:

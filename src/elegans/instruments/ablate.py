@@ -15,7 +15,7 @@ from elegans.instruments.probe import Reads, features_of, fit, halves, meeting, 
 from elegans.specs import field, spec
 from elegans.tasks.sampling import TaskData, draw_set
 from elegans.training.run import Run
-from elegans.training.step import scores
+from elegans.training.step import tallies
 from elegans.types import Edit, Example
 
 BOOTSTRAPS = 1000
@@ -57,7 +57,7 @@ class Ablate(ReplicaInstrument):
         return {"features": features_of(run, ()), "family": tuple(run.model.probed_sites())}
 
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
-        keys = jax.random.split(key, 3)
+        keys = jax.random.split(key, 4)
         parts = ("validation", self.fit), ("test", self.test)
         train, test = (draw_set(run.task, p, k, n, data) for (p, n), k in zip(parts, keys, strict=False))
         sites = sites_of(run, (self.family,))
@@ -69,9 +69,9 @@ class Ablate(ReplicaInstrument):
         made, names = {}, features_of(run, self.features)
         joint = meeting(run, names)
         for i, name in enumerate(names):
-            donors = other and reads(run, other[1], other[0], name)
-            removals, for_bounds = self._planned(reads(run, seen, train, name), jax.random.fold_in(key, i))
-            rows = jax.lax.map(lambda r, n=name, d=donors: measured(run, params, test, n, sites, r, d, n in joint), removals)
+            asked = Asked(name, sites, name in joint, other and reads(run, other[1], other[0], name))
+            removals, for_bounds = self._planned(reads(run, seen, train, name), jax.random.fold_in(keys[3], i))
+            rows = jax.lax.map(lambda removal, asked=asked: measured(run, params, test, asked, removal), removals)
             made[name] = self._summary(rows, for_bounds)
         return made
 
@@ -200,20 +200,18 @@ def orthonormal(
         return basis, -jnp.einsum("rlm,rl->rm", turn, b) * scale
 
 
-def measured(
-    run: Run,
-    params: Any,
-    rows: Example,
-    feature: str,
-    sites: tuple[str, ...],
-    removal: Removal,
-    donors: Reads | None = None,
-    joint: bool = False,
-) -> dict[str, Float[Array, " row"]]:
-    """Scores of every row, with an edit at every read of a feature; `tokens` and `rows` count what is scored.
+class Asked(NamedTuple):
+    """What all removals of a feature have in common."""
 
-    `joint`: reads may share a position, in any of the rows.
-    """
+    feature: str
+    sites: tuple[str, ...]
+    joint: bool = False  # reads may share a position, in any of the rows
+    donors: Reads | None = None  # those of the examples that lend their components
+
+
+def measured(run: Run, params: Any, rows: Example, asked: Asked, removal: Removal) -> dict[str, Float[Array, " row"]]:
+    """What is counted in every row, with an edit at every read of a feature: `tokens` and `rows` what is scored, `loss` in nats."""
+    donors, positions = asked.donors, rows.truth[asked.feature].positions
     target = jnp.broadcast_to(removal.target, (len(rows.tokens), *removal.target.shape))
     if donors is not None:
         at = jnp.take_along_axis(donors.x, removal.layer[None, :, None, None], 0)[0]
@@ -222,19 +220,17 @@ def measured(
 
     def one(tokens: Array, positions: Array, target: Array) -> Array:
         mine = removal._replace(target=target)
-        return run.model.apply(params, tokens[:-1], edit=(mine.joined(positions) if joint else mine).edit(sites, positions))[0]
+        edit = (mine.joined(positions) if asked.joint else mine).edit(asked.sites, positions)
+        return run.model.apply(params, tokens[:-1], edit=edit)[0]
 
-    def score(logits: Array, tokens: Array, scored: Array) -> dict[str, Array]:
-        loss, metrics = scores(logits[None], Example(tokens[None], scored[None]))
-        return {"loss": loss, "tokens": scored[1:].sum(), "rows": scored[1:].any(), **metrics}
-
-    logits = jax.vmap(one, axis_name="batch")(rows.tokens, rows.truth[feature].positions, target)
-    made = jax.vmap(score)(logits, rows.tokens, rows.scored)
+    nats, right, counted, exact = tallies(jax.vmap(one, axis_name="batch")(rows.tokens, positions, target), rows)
+    by_token = {"loss": nats * counted, "accuracy": right, "tokens": counted}
+    made = {name: values.sum(1) for name, values in by_token.items()} | {"exact_match": exact, "rows": counted.any(1)}
     return {name: values.astype(jnp.float32) for name, values in made.items()}
 
 
 def summary(rows: dict[str, Float[Array, "removal row"]], key: jax.Array) -> dict[str, Float[Array, " removal"]]:
-    """Scores of a set from those of its rows, with 95 % intervals.
+    """Scores of a set from what is counted in its rows, with 95 % intervals.
 
     The rows are weighted anew 1000 times (Rubin 1981, "The Bayesian bootstrap"): one product, nothing to gather.
     """
@@ -242,7 +238,7 @@ def summary(rows: dict[str, Float[Array, "removal row"]], key: jax.Array) -> dic
     weights = jnp.concatenate([jnp.ones_like(again[:1]), again]).T  # the first: every row once
     made = {}
     for name, counts in (("loss", "tokens"), ("exact_match", "rows"), ("accuracy", "tokens")):
-        total, count = (jnp.matmul(v, weights, precision="highest") for v in (rows[name] * rows[counts], rows[counts]))
+        total, count = (jnp.matmul(v, weights, precision="highest") for v in (rows[name], rows[counts]))
         values = total / jnp.where(count > 0, count, jnp.nan)
         made[name] = values[:, 0]
         if name != "accuracy":

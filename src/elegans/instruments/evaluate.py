@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from elegans.errors import Invalid
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
-from elegans.instruments.patterns import by_length, length_axis, lengths_of
+from elegans.instruments.patterns import by_length, lengths_of
 from elegans.specs import field, spec
 from elegans.tasks import Several, Task
 from elegans.tasks.sampling import TaskData, draw_set, prepare
@@ -55,19 +55,17 @@ class Evaluate(ReplicaInstrument):
             ids = jnp.asarray([run.task.symbols.index(symbol) for symbol in other.task.symbols])
             rows = dataclasses.replace(rows, tokens=ids[rows.tokens], weights=None)
             logits = logits_of(run, params, rows.tokens)
-            made[f"{name}, all"] = graded(logits, rows, jnp.ones(self.examples, bool))
+            groups = jnp.ones((1, self.examples), bool)
             if lengths_of(other):
-                made[f"{name}, length"] = jax.lax.map(functools.partial(graded, logits, rows), by_length(other, rows))
+                groups = jnp.concatenate([groups, by_length(other, rows)])
+            made[name] = jax.lax.map(functools.partial(graded, logits, rows), groups)
         return made
 
     def layouts(self, run: Run) -> dict[str, Layout]:
-        made = {}
-        for name, other in self._others(run).items():
+        others = self._others(run)
+        for other in others.values():
             _check(run, other.task)
-            made[f"{name}, all"] = Layout({"task": name, "length": None}, [])
-            if lengths_of(other):
-                made[f"{name}, length"] = Layout({"task": name}, [length_axis(other)])
-        return made
+        return {name: Layout({"task": name}, [[{"length": n} for n in (None, *lengths_of(other))]]) for name, other in others.items()}
 
     def _others(self, run: Run) -> dict[str, Run]:
         """A run of every task that this one is measured on, by the task's name."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from elegans.errors import Invalid
 from elegans.instruments.patterns import heads_of, iteration
 from elegans.models.base import Context
-from elegans.models.transformer import Attention, Learned, Transformer
+from elegans.models.transformer import Attention, LayerNorm, Learned, Transformer
 from elegans.network import Network
 from elegans.training.step import logits_of
 from elegans.types import no_edit
@@ -49,14 +49,17 @@ def qk(network: Network, layer: int, head: int, queries: Side = "token", keys: S
 def ov(network: Network, layer: int, head: int, keys: Side = "token") -> Factor:
     """What attending fully to a key adds to every token's logit on the direct path, were the stream there its embedding alone.
 
-    Biases, the same whatever is attended to, are left out; of the last normalisation only its weight is kept, not its
-    division by the length of the stream. Raises `Invalid`.
+    Biases, the same whatever is attended to, are left out; of the last normalisation only its centring and its weight are kept,
+    not its division by the length of the stream. Raises `Invalid`.
     """
     attn, read = _head(network, layer, head)
     x, rows = _side(network, keys)
     params = jax.tree.map(np.asarray, network.params)
-    out = read(x) @ attn["W_V"][head] @ attn["W_O"][head] * params["ln_final"].get("w", 1.0)
     model: Any = network.model
+    out = read(x) @ attn["W_V"][head] @ attn["W_O"][head]
+    if isinstance(model.norm, LayerNorm):
+        out = out - out.mean(-1, keepdims=True)
+    out = out * params["ln_final"].get("w", 1.0)
     w = params["embed"]["W_E"].T if model.tied else params["unembed"]["W_U"]
     return Factor(out @ np.asarray(w), rows, network.task.symbols)
 

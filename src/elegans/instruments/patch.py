@@ -29,9 +29,9 @@ class Patch(ReplicaInstrument):
 
     By `source`, what replaces it: a named pattern (see `instruments/patterns.py`; `uniform` says what is lost without the head's
     choice) at the queries of which it says something (iteration_1: not at EoI, which keeps its own), or the maps that another
-    network has on the same rows: `final`, this run at its end, `seed`, the next run of the cohort that differs in its seeds
-    alone, at the same step (nothing where there is none). One row per source, layer and head; where both are null, all heads
-    are replaced at once.
+    network has on the same rows: `final`, this run at its end, `seed`, the next run of the cohort that differs in seeds alone,
+    its own or its parents', at the same step (nothing where there is none). One row per source, layer and head; where both are
+    null, all heads are replaced at once.
 
     The source `circuit` is the whole circuit of iteration, and has that last row alone: iteration_1 in every head of the first
     layer, iteration_2 in every head of the last, each at its own queries, and the layers between as they are. It says whether
@@ -80,7 +80,7 @@ class Patch(ReplicaInstrument):
             last = {run: i for i, (run, _) in sorted(enumerate(networks), key=lambda n: n[1][1])}
             return [last[run] for run, _ in networks]
         alike: dict[tuple[int, str], list[int]] = {}
-        groups = {i: dataclasses.replace(run, seed=0, data_seed=None, init_seed=None).id for i, run in runs.items()}
+        groups = {i: _unseeded(run).id for i, run in runs.items()}
         for i, (run, step) in enumerate(networks):
             alike.setdefault((step, groups[run]), []).append(i)
         following = {i: j for same in alike.values() if len(same) > 1 for i, j in zip(same, same[1:] + same[:1], strict=True)}
@@ -90,6 +90,11 @@ class Patch(ReplicaInstrument):
         sources = [*self._sources(run, self.patterns), *([self.other] if self.other else [])]
         places = [layer | head for layer, head in itertools.product(*heads_of(run))] + [{"layer": None, "head": None}]
         return {"patch": Layout({}, [[{"source": s} for s in sources], places])}
+
+
+def _unseeded(run: Run) -> Run:
+    """The run without its seeds, and without those of the runs that it goes on from."""
+    return dataclasses.replace(run, seed=0, data_seed=None, init_seed=None, after=run.after and _unseeded(run.after))
 
 
 Scores = dict[str, Float[Array, "..."]]

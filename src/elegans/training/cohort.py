@@ -26,7 +26,7 @@ from elegans.tasks.sampling import TaskData, compact, draw_set, prepare
 from elegans.training.device import cache_misses
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
-from elegans.training.step import RunData, State, advance, draw_data, logits_of, params_of, start, token_losses
+from elegans.training.step import RunData, State, advance, draw_data, logits_of, params_of, start, tallies
 from elegans.training.transfer import depth
 from elegans.types import Example
 
@@ -124,11 +124,9 @@ def evaluate(run: Run, vector: Float[Array, " parameter"], rows: Example) -> Eva
     blocks = jax.tree.map(lambda a: jnp.pad(a, [(0, padding), (0, 0)]).reshape(-1, size, a.shape[1]), rows)
 
     def block(rows: Example) -> tuple[Array, Array, Array, Array]:
-        tokens, counted = rows.tokens.astype(jnp.int32), rows.scored[:, 1:]
-        logits = logits_of(run, params, tokens)
-        right = (logits.argmax(-1) == tokens[:, 1:]) & counted
-        exact = (right | ~counted).all(1) & counted.any(1)
-        return (token_losses(logits, tokens) * counted).sum(0), right.sum(), exact.sum(), counted.sum(0)
+        rows = dataclasses.replace(rows, tokens=rows.tokens.astype(jnp.int32))
+        nats, right, counted, exact = tallies(logits_of(run, params, rows.tokens), rows)
+        return (nats * counted).sum(0), right.sum(), exact.sum(), counted.sum(0)
 
     nats, right, exact, counted = (x.sum(0) for x in jax.lax.map(block, blocks))
     some = counted.sum() > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,19 +53,31 @@ def token_losses(logits: Float[Array, "*b position vocab"], tokens: Int[Array, "
     return jax.nn.logsumexp(logits, -1) - (target * logits).sum(-1)
 
 
+class Tallies(NamedTuple):
+    """What scores are sums of, token by token, or row by row."""
+
+    nats: Float[Array, "*b position"]  # of every token, scored or not
+    right: Bool[Array, "*b position"]  # scored tokens that are the likeliest
+    counted: Bool[Array, "*b position"]  # scored tokens
+    exact: Bool[Array, "*b"]  # rows that have scored tokens, and are right at every one
+
+
+def tallies(logits: Float[Array, "*b position vocab"], rows: Example) -> Tallies:
+    """Those of one row or many."""
+    counted = rows.scored[..., 1:]
+    right = (logits.argmax(-1) == rows.tokens[..., 1:]) & counted
+    exact = (right | ~counted).all(-1) & counted.any(-1)
+    return Tallies(token_losses(logits, rows.tokens), right, counted, exact)
+
+
 def scores(logits: Float[Array, "batch position vocab"], example: Example) -> tuple[Float[Array, ""], Metrics]:
     """Mean nats per scored token of a batch; accuracy per scored token; share of rows right at every scored token.
 
     The mean is by the tokens' weights, where they have any. Rows without scored tokens count nowhere.
     """
-    counted = example.scored[:, 1:]
-    nats = token_losses(logits, example.tokens)
-    right = (logits.argmax(-1) == example.tokens[:, 1:]) | ~counted
-    rows, tokens = counted.any(1), jnp.maximum(counted.sum(), 1)
-    metrics = {
-        "accuracy": (right & counted).sum() / tokens,
-        "exact_match": (right.all(1) & rows).sum() / jnp.maximum(rows.sum(), 1),
-    }
+    nats, right, counted, exact = tallies(logits, example)
+    tokens = jnp.maximum(counted.sum(), 1)
+    metrics = {"accuracy": right.sum() / tokens, "exact_match": exact.sum() / jnp.maximum(counted.any(1).sum(), 1)}
     if example.weights is None:
         return (nats * counted).sum() / tokens, metrics
     weights = counted * example.weights[:, 1:]
