@@ -18,7 +18,7 @@ VERDICTS = {
     "no lead": "no lead",
     "undecided": "undecided: the interval leaves the order open",
 }
-KINDS = {"random": "random directions", "matched": "random steps of equal length", "labels": "directions fitted to shuffled labels"}
+KINDS = {"random": "random directions", "matched": "random steps of equal length", "labels": "directions fitted to random labels"}
 QUIETNESS = ("quiet", "loud", "undecided")
 MANY_GROUPS = {
     "leads": "{} comes before the loss",
