@@ -246,6 +246,14 @@ def test_ablation_averages_draws_within_runs_and_keeps_their_spread(tables):
     assert [t.x[0] for t in ablation(rows).data if t.name == "mean"] == [strip.mean for strip in made.values()]
 
 
+def test_an_ablation_is_of_test_rows_and_says_so(tables):
+    """Validation rows fit the probes whose directions are removed; see `Ablate`."""
+    rows = tables.ask(queries.ablation())
+    figure = ablation(rows, "loss")
+    assert figure.layout.xaxis.title.text == "test loss (nats per scored token)" and caption(figure).startswith("Test loss, ")
+    assert caption(ablation(rows)).startswith("Exact match on test rows ")
+
+
 def test_intervals_cover_the_mean_in_95_of_100_cases():
     draw = np.random.default_rng(0)
     held = [low < 0 < high for _, low, high in (interval(draw.normal(size=5), 0.95, fewest=2) for _ in range(2000))]

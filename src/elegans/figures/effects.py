@@ -21,7 +21,7 @@ CONTROLS = {
     "matched": "random step of equal length",
     "labels": "direction of random labels",
 }
-EFFECTS = {"exact_match": "exact match", "loss": "validation loss (nats per scored token)"}
+EFFECTS = {"exact_match": "exact match", "loss": "test loss (nats per scored token)"}
 
 
 def jitter(count: int, half: float) -> np.ndarray:
@@ -243,7 +243,7 @@ def _ablation_caption(made: list[Strip], value: str, who: str) -> str:
     draws = max((len(strip.draws) for strip in made if strip.repeated), default=0)
     many = f" {runs} runs are too many for dots." if runs > MANY else " Dots: runs, draws averaged within each."
     cut = " (cut at 0 and 1)" if value == "exact_match" else ""
-    what = "Exact match on held-out rows" if value == "exact_match" else "Validation loss, nats per scored token,"
+    what = "Exact match on test rows" if value == "exact_match" else "Test loss, nats per scored token,"
     return (
         f"{what} when a direction is projected out of the network, at the last step measured. Diamonds: means over the runs {who}, "
         f"with their 95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of a run's own draws of "
