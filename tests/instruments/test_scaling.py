@@ -91,6 +91,18 @@ def test_a_configuration_that_diverged_at_a_budget_is_not_chosen_there(tmp_path)
     assert [(r["flops"], r["loss"], r["configurations"]) for r in rows] == [(BUDGETS[0], 0.5, 2), (BUDGETS[1], 0.9, 1)]
 
 
+def test_a_task_without_a_finished_run_has_no_curve(tmp_path) -> None:
+    """The other task is planned and not yet trained."""
+    store = synthetic.grid_store(tmp_path, BUDGETS[:2], lambda *at: 0.5, {})
+    waiting = synthetic.grid_store(tmp_path / "waiting", BUDGETS[:2], lambda *at: 0.5, {}, task=synthetic.Addition(length=4))
+    for cohort in waiting.cohorts():
+        (cohort.path / "metrics.parquet").unlink()
+        cohort.path.rename(store.path / "cohorts" / f"f{cohort.id[1:]}")
+    assert len({line["spec"]["task"]["length"] for line in store.lines()}) == 2
+    for name, rows in Scaling(draws=10).tables(store).items():
+        assert {row["task"] for row in rows.to_pylist()} == {"addition"}, name
+
+
 def test_intervals_stay_where_losses_and_shares_can_be_and_fits_need_three_seeds() -> None:
     runs = [Ended("toy", 1e9, "a", f"a{s}", 0.1, test, exact) for s, (test, exact) in enumerate(((0.0, 1.0), (0.3, 0.6), (0.0, 1.0)))]
     best = Scaling()._best(by_budget(runs)[1e9])

@@ -214,7 +214,8 @@ def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
             scored = (found["validation"][0], *found["test"])
             model = json.dumps(line["spec"]["model"], sort_keys=True)
             ended.append(Ended(name, budget, configuration, line["run"], *scored, model))
-    return [e for e in ended if (e.task, e.flops, e.configuration) not in lost], tasks
+    kept = [e for e in ended if (e.task, e.flops, e.configuration) not in lost]
+    return kept, {name: task for name, task in tasks.items() if any(e.task == name for e in kept)}
 
 
 def _configuration(spec: dict[str, Any]) -> str:
