@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -174,11 +175,11 @@ def _split(text: str) -> list[str]:
 
 
 def _values(name: str, text: str) -> list[Any]:
-    first, dots, last = text.partition("..")
-    if dots:
-        if not (first.lstrip("-").isdigit() and last.lstrip("-").isdigit()) or not 0 <= int(last) - int(first) < RANGE_LIMIT:
-            raise Invalid(name, text, "allowed: whole numbers first..last, ascending")
-        return list(range(int(first), int(last) + 1))
+    if ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):  # anything else may be a path
+        first, last = map(int, ends.groups())
+        if not 0 <= last - first < RANGE_LIMIT:
+            raise Invalid(name, text, f"allowed: first..last, ascending, of at most {RANGE_LIMIT:,} numbers")
+        return list(range(first, last + 1))
     try:
         return [YAML(typ="safe", pure=True).load(text)]
     except YAMLError:
