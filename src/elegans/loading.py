@@ -18,7 +18,7 @@ from elegans import specs, studies
 from elegans.errors import Invalid, StoreError
 from elegans.store import Store
 from elegans.study import Study
-from elegans.training.run import Run
+from elegans.training.run import LENGTHS, Run
 
 RANGE_LIMIT = 1_000_000  # values of one a..b
 
@@ -118,9 +118,8 @@ def sweep_runs(run: Any, sweep: Mapping[str, Sequence[Any]]) -> list[Run]:
     """Runs of plain data and axes. A field may be given by the axes alone, such as `steps` swept and not set."""
     if not isinstance(run, Mapping):
         raise Invalid("run", run, f"allowed: a mapping with {', '.join(Run.infos)}")
-    lengths = ("steps", "examples", "epochs", "flops")
-    swept = [n for n in lengths if sweep.get(n)]
-    start = dict(run) if any(n in run for n in lengths) or not swept else {**run, swept[0]: sweep[swept[0]][0]}
+    swept = [n for n in LENGTHS if sweep.get(n)]
+    start = dict(run) if any(n in run for n in LENGTHS) or not swept else {**run, swept[0]: sweep[swept[0]][0]}
     return specs.grid(specs.from_dict(Run, start), sweep)
 
 
