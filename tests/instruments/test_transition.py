@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 import synthetic
-from elegans.instruments.transition import NEVER_FELL, NEVER_READ, READABLE, Course, Transition, _nested
+from elegans.instruments.transition import NEVER_FELL, NEVER_READ, NO_START, READABLE, Course, Transition, _nested
 
 
 def test_rows_in_any_order_give_the_same_curves_and_ties_the_same_site() -> None:
@@ -122,3 +122,5 @@ def test_what_never_happened_is_missing_and_never_zero() -> None:
     row = Transition()._lead([(course(5.0), course(None))] * 3)
     assert row["missing"] == NEVER_READ and row.get("loudness") is None
     assert Transition()._feature({"embed": [(0, 0.99), (10, 1.0)]}).missing == "readable untrained"
+    assert Transition()._feature({"embed": [(700, 0.99)]}).missing == NO_START  # trained: it says nothing of the untrained network
+    assert Transition()._feature({"embed": [(1, 0.5), (10, 1.0)]}).step is None
