@@ -83,10 +83,10 @@ def _mark(figure: go.Figure, task: Scaled, value: str, axis: str) -> None:
             line = {"width": 1.2, "dash": "dot", "color": style.GREY}
             figure.add_shape(type="line", xref=f"x{axis} domain", x0=0, x1=1, yref=f"y{axis}", y0=level, y1=level, line=line)
     _, low, high = task.half
-    if low is not None:
+    if low is not None or high is not None:
         band = {"fillcolor": style.faint(style.RED, 0.13), "line": {"width": 0}, "layer": "below"}
-        end = float(task.flops.max()) if high is None else high
-        figure.add_shape(type="rect", xref=f"x{axis}", x0=low, x1=end, yref=f"y{axis} domain", y0=0, y1=1, **band)
+        start, end = (float(e) if x is None else x for x, e in ((low, task.flops.min()), (high, task.flops.max())))
+        figure.add_shape(type="rect", xref=f"x{axis}", x0=start, x1=end, yref=f"y{axis} domain", y0=0, y1=1, **band)
 
 
 def _range(task: Scaled, value: str) -> dict[str, Any]:
