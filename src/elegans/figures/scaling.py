@@ -10,8 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
 
-from elegans.figures import style
-from elegans.figures.catalogue import columns, number
+from elegans.figures import queries, style
+from elegans.figures.catalogue import Tables, columns, number
 
 ACROSS, HIGH, GAP = 3, 230, 96  # most panels in a row, pixels of a panel, pixels between rows
 VALUES = {"loss": ("loss", "low", "high"), "exact_match": ("exact_match", "exact_low", "exact_high")}
@@ -45,6 +45,14 @@ def scaled(rows: pa.Table, fits: pa.Table) -> list[Scaled]:
         of = (data["flops"][here].astype(float), values, data["seeds"][here], data["configuration"][here])
         made.append(Scaled(task, *of, *bounds, halves.get(task, (None, None, None))))
     return made
+
+
+def grid_of(tables: Tables) -> list[Scaled]:
+    """The tasks of the table `scaling`; none where there is no such table."""
+    if "scaling" not in tables.names:
+        return []
+    fits = queries.SCALING_FIT if "scaling_fit" in tables.names else "select '' as task, '' as quantity where false"
+    return scaled(tables.ask(queries.SCALING), tables.ask(fits))
 
 
 def scaling(found: Sequence[Scaled], value: str = "loss") -> go.Figure:

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
 from elegans.figures.effects import Lead, fields_first, leads
-from elegans.figures.scaling import Scaled
+from elegans.figures.scaling import Scaled, grid_of
 from elegans.figures.within import within
 from elegans.files import write_text
 from elegans.report import panels, words
@@ -59,7 +59,7 @@ def _render(store: Store, tables: Tables) -> str:
     runs = catalogue(store, tables)
     found = leads(tables.ask(queries.LEAD), tables.ask(_transitions(tables)), runs) if "lead" in tables.names else []
     removed = within(tables.ask(queries.ablation()), runs) if "ablate" in tables.names else []
-    grid = panels.grid_of(tables) if "scaling" in tables.names else []
+    grid = grid_of(tables)
     sections = _sections(tables, runs, found, grid)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("elegans", "report"), autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.get_template("page.html").render(

@@ -12,7 +12,7 @@ from elegans.figures.catalogue import Catalogue, Tables
 from elegans.figures.curves import MANY, UNITS, curves, series, timeline
 from elegans.figures.effects import Lead
 from elegans.figures.maps import position_map, probe_map
-from elegans.figures.scaling import NAMES, Scaled, scaled, scaling
+from elegans.figures.scaling import NAMES, Scaled, scaling
 from elegans.report.words import the
 
 MOST_FIELDS = 6  # to colour curves by
@@ -163,12 +163,6 @@ def timeline_panel(tables: Tables, runs: Catalogue, by: str | None) -> list[Pane
     return (
         [Panel("When it can be read, and when the loss falls", made[0][1], [(label, figure) for label, _, figure in made])] if made else []
     )
-
-
-def grid_of(tables: Tables) -> list[Scaled]:
-    """The tasks of the table `scaling`."""
-    fits = queries.SCALING_FIT if "scaling_fit" in tables.names else "select '' as task, '' as quantity where false"
-    return scaled(tables.ask(queries.SCALING), tables.ask(fits))
 
 
 def scaling_panel(found: list[Scaled], tables: Tables) -> list[Panel]:
