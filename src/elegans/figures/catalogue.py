@@ -50,6 +50,7 @@ OPTIONAL = {
 }  # null where an instrument was told not to measure them
 SHADES = 8  # values of a field that get a colour each; more are binned
 BINS = 5
+COVERAGE = 0.95  # of the intervals that figures draw
 LEARNED = "the last validation loss is at or below half-way from plateau to floor (where these are unknown: exact match is 0.5 or more)"
 
 

@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 import pyarrow as pa
 
 from elegans.figures import queries, style
-from elegans.figures.catalogue import Catalogue, Tables, columns, number
+from elegans.figures.catalogue import COVERAGE, Catalogue, Tables, columns, number
 from elegans.figures.curves import MANY
-from elegans.instruments.crossings import interval
+from elegans.instruments.crossings import ANYWHERE, SHARE, interval
 
 MOST_ROWS = 40  # of a forest plot
 GOLDEN = 0.618033988749895  # its multiples spread evenly: a jitter without chance
@@ -194,9 +194,7 @@ def _strip(name: str, feature: str, method: str, kind: str, run: np.ndarray, val
         return None
     place = np.unique(run.astype(str), return_inverse=True)[1]
     each = np.bincount(place, values) / np.bincount(place)
-    mean, low, high = interval(each, 0.95, fewest=2)
-    if value == "exact_match" and low is not None and high is not None:
-        low, high = max(low, 0.0), min(high, 1.0)
+    mean, low, high = interval(each, COVERAGE, fewest=2, within=SHARE if value == "exact_match" else ANYWHERE)
     spread = np.mean([np.quantile(values[place == i], (0.025, 0.975)) for i in range(len(each))], axis=0)
     return Strip(name, feature, method, kind, each, values, mean, low, high, (float(spread[0]), float(spread[1])))
 
