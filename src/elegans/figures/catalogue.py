@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from elegans import specs
 from elegans.errors import Invalid
-from elegans.figures import queries
+from elegans.instruments.scaling import FINAL
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import SEEDS, is_seed
+from elegans.training.run import SEEDS, differing, is_seed
 
 NEEDED = {
     "runs": ("run", "cohort", "label", "state", "diverged_at", "length", "parameters", "flops_per_step"),
@@ -165,13 +165,12 @@ class Catalogue:
     @cached_property
     def differing(self) -> list[str]:
         """Fields that differ between runs, seeds and what is recorded apart; of fields that differ together, the first."""
-        names = dict.fromkeys(name for f in self.facts.values() for name in f.fields)
+        fields = [f.fields for f in self.facts.values()]
         found: dict[tuple[int, ...], str] = {}
-        for name in (n for n in names if not is_seed(n) and n.split(".")[0] not in ("record", "label")):
-            values = [f.fields.get(name) for f in self.facts.values()]
+        for name in (n for n in differing(fields) if not is_seed(n)):
+            values = [f.get(name) for f in fields]
             order = {v: i for i, v in enumerate(dict.fromkeys(values))}
-            if len(order) > 1:
-                found.setdefault(tuple(order[v] for v in values), name)
+            found.setdefault(tuple(order[v] for v in values), name)
         return list(found.values())
 
     def short(self, name: str) -> str:
@@ -245,7 +244,7 @@ def catalogue(store: Store, tables: Tables) -> Catalogue:
     bounds = _bounds(store.lines())
     final: dict[tuple[str, str], dict[str, Any]] = {}
     if "metrics" in tables.names:
-        final = {(row["run"], row["split"]): row for row in tables.ask(queries.FINAL).to_pylist()}
+        final = {(row["run"], row["split"]): row for row in tables.ask(FINAL).to_pylist()}
     rows = tables.ask("select * from runs order by run").to_pylist() if "runs" in tables.names else []
     return Catalogue({row["run"]: _facts(row, final, bounds) for row in rows})
 

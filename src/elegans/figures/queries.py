@@ -9,8 +9,6 @@ LEAD = 'select * from lead order by feature, "group"'
 TRANSITION = "select run, feature, loss_step, feature_step, lead from transition order by feature, run"
 SCALING = "select * from scaling order by task, flops"
 SCALING_FIT = "select * from scaling_fit where quantity = 'half' order by task"
-FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
-from metrics group by run, split order by run, split"""
 SITES = """with ends as (select run, feature, site, step, avg(accuracy) as accuracy from probe
   where accuracy is not null group by run, feature, site, step qualify step = max(step) over (partition by run, feature))
 select feature, arg_max(site, mean) as site

@@ -22,6 +22,8 @@ from elegans.store import Store
 from elegans.tasks import Task
 from elegans.training.run import LENGTHS, is_seed
 
+FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
+from metrics group by run, split order by run, split"""  # the last scores that are not null
 FEWEST = 3  # seeds at every budget, below which nothing is called sure
 
 
@@ -192,12 +194,10 @@ def bounds(found: Sequence[Bracket], confidence: float) -> tuple[float | None, f
 
 def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
     """Finished runs with their last scores, and their tasks by name."""
-    last = "arg_max(loss, step) as loss, arg_max(exact_match, step) as exact"
-    query = f"select run, split, {last} from metrics where split <> 'train' group by all"
     scores: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in store.sql(query).to_pylist() if store.has("metrics") else []:
+    for row in store.sql(FINAL).to_pylist() if store.has("metrics") else []:
         if row["loss"] is not None:
-            scores.setdefault(row["run"], {})[row["split"]] = (row["loss"], row["exact"])
+            scores.setdefault(row["run"], {})[row["split"]] = (row["loss"], row["exact_match"])
     ended: list[Ended] = []
     tasks: dict[str, Task] = {}
     diverged = {run for cohort in store.cohorts() for run in cohort.status()["diverged"]}

@@ -17,7 +17,7 @@ from elegans.instruments.crossings import SHARE, Bracket, change_point, crossing
 from elegans.specs import field, spec
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import is_seed, tells
+from elegans.training.run import differing, is_seed
 
 # columns that earlier versions of the probe did not write are null
 PROBES = """(from probe union all by name
@@ -220,10 +220,8 @@ def _grouped(groups: dict[str, Group], values: dict[tuple[str, str], Any]) -> di
 
 def group_names(store: Store) -> dict[str, str]:
     """Run id to the name of its group: the fields in which runs of the store differ, seeds aside."""
-    lines = store.lines()
-    flat = {line["run"]: specs.flat(line["spec"]) for line in lines}
-    names = list(dict.fromkeys(name for fields in flat.values() for name in fields))
-    differ = [n for n in names if not is_seed(n) and tells(n, (f.get(n) for f in flat.values()))]
+    flat = {line["run"]: specs.flat(line["spec"]) for line in store.lines()}
+    differ = [n for n in differing(list(flat.values())) if not is_seed(n)]
     return {run: ", ".join(f"{n.rpartition('.')[2]}={_show(f.get(n))}" for n in differ) or "all runs" for run, f in flat.items()}
 
 

@@ -20,6 +20,7 @@ from elegans.figures.effects import Lead, fields_first, leads
 from elegans.figures.scaling import Scaled, grid_of
 from elegans.figures.within import within
 from elegans.files import write_text
+from elegans.instruments.scaling import FINAL
 from elegans.report import panels, words
 from elegans.report.panels import Panel
 from elegans.report.runs import diverged_table, provenance, runs_table
@@ -115,7 +116,7 @@ def _citations(tables: Tables, sections: list[Section]) -> list[tuple[str, str]]
     """Title and shell commands that give the rows behind every figure and table."""
     cited = [(panel.title, panel.query) for section in sections for panel in section.panels]
     cited += [("Table of runs", "select * from runs order by run")] if "runs" in tables.names else []
-    cited += [("Final measurements", queries.FINAL)] if "metrics" in tables.names else []
+    cited += [("Final measurements", FINAL)] if "metrics" in tables.names else []
     return [(title, "\n\n".join(_command(part) for part in query.split(";\n\n"))) for title, query in cited]
 
 
