@@ -156,7 +156,8 @@ def test_a_table_without_the_needed_columns_is_named(tmp_path):
     store = synthetic.make(tmp_path, synthetic.small(), tables=("metrics",))
     store.add_rows("lead", "store", store.table("metrics").select(["run", "loss"]))
     page = report.write(store).read_text(encoding="utf-8")
-    assert "The table lead has no column group" in text(page) and "lead" not in sections(page)
+    assert "The table lead has no column group" in text(page) and "until its instrument has measured it again" in text(page)
+    assert "lead" not in sections(page)
 
 
 # ---- words

@@ -28,7 +28,7 @@ NEEDED = {
     "ablate": ("run", "step", "feature", "method", "direction", "draw", "loss", "exact_match", "base_loss", "base_exact_match"),
     "attention": ("run", "step", "layer", "head", "query", "key", "query_label", "key_label", "attention"),
     "circuit": ("run", "step", "pattern", "layer", "head", "length", "attention", "chance", "peakiness", "invariance"),
-    "transition": ("run", "feature", "level", "loss_step", "feature_step", "lead"),
+    "transition": ("run", "group", "feature", "level", "loss_step", "feature_step", "lead"),
     "lead": ("group", "feature", "runs", "of", "mean", "low", "high", "verdict"),
     "change": ("group", "task", "curve", "runs", "of", "flops", "flops_low", "flops_high", "missing"),
     "course": ("group", "task", "curve", "step", "flops", "runs", "mean", "low", "high"),
@@ -202,20 +202,10 @@ class Catalogue:
                 found.setdefault(round(value, 6), []).append(run)
         return sorted(found.items())
 
-    def members(self, group: str) -> list[str]:
-        """Runs that a group's text names (`lr=0.003, d_model=64`): those whose fields have these values; all if it names none."""
-        wanted = [item.split("=", 1) for item in group.split(", ") if "=" in item]
-        return [run for run, f in self.facts.items() if all(_has(f.fields, path.strip(), text.strip()) for path, text in wanted)]
-
 
 def shown(value: Any) -> str:
     """A field's value as text."""
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _has(fields: dict[str, Any], path: str, text: str) -> bool:
-    values = [v for name, v in fields.items() if name == path or name.endswith("." + path)]
-    return any(text in (str(v), shown(v)) for v in values) or (not values and text in ("none", "None"))
 
 
 def _by_size(title: str, values: dict[str, Any], present: Sequence[float]) -> Grouping:

@@ -57,14 +57,22 @@ class Lead:
         return f"{self.feature}, {self.group}" if "=" in self.group else self.feature
 
 
-def leads(rows: pa.Table, each: pa.Table, catalogue: Catalogue) -> list[Lead]:
-    """Rows of the table `lead`, each with its runs' own leads (rows of `transition`: run, feature, lead)."""
-    own = {(row["run"], row["feature"]): number(row["lead"]) for row in each.to_pylist()}
+def leads_of(tables: Tables) -> list[Lead]:
+    """The rows of the table `lead`; none where there is no such table, and no runs' own leads where there is no `transition`."""
+    none = "select '' as \"group\", '' as feature, null as lead where false"
+    each = tables.ask(queries.TRANSITION if "transition" in tables.names else none)
+    return leads(tables.ask(queries.LEAD), each) if "lead" in tables.names else []
+
+
+def leads(rows: pa.Table, each: pa.Table) -> list[Lead]:
+    """Rows of the table `lead`, each with its runs' own leads (rows of `transition`: group, feature, lead)."""
+    own: dict[tuple[str, str], list[float]] = {}
+    for row in each.to_pylist():
+        if (value := number(row["lead"])) is not None:
+            own.setdefault((row["group"], row["feature"]), []).append(value)
     found = []
     for row in rows.to_pylist():
-        members = catalogue.members(row["group"] or "")
-        values = [own.get((run, row["feature"])) for run in members]
-        single = np.array([v for v in values if v is not None], float)
+        single = np.array(own.get((row["group"], row["feature"]), []), float)
         mean, low, high = (number(row[name]) for name in ("mean", "low", "high"))
         counts = int(row["runs"] or 0), int(row["of"] or 0)
         verdict = row["verdict"] or "undecided"

@@ -79,8 +79,8 @@ class Transition(StoreInstrument):
             raise Invalid("store", str(store.path), "transition needs probes: run `elegans measure probe` first")
         losses = _losses(store)
         features = {key: self._feature(by_site) for key, by_site in _nested(store.sql(READABLE)).items()}
-        rows = [_transition(run, feature, losses[run], seen) for (run, feature), seen in features.items()]
         groups = _groups(store)
+        rows = [{"group": groups[run].name} | _transition(run, feature, losses[run], seen) for (run, feature), seen in features.items()]
         curves = _grouped(groups, {(run, "loss"): course for run, course in losses.items()} | features)
         leads = _grouped(groups, {(run, feature): (losses[run], seen) for (run, feature), seen in features.items()})
         return {
@@ -138,7 +138,7 @@ class Transition(StoreInstrument):
 
 
 _TRANSITION = pa.schema(
-    [("run", pa.string()), ("feature", pa.string())]
+    [(n, pa.string()) for n in ("run", "group", "feature")]
     + [(n, pa.float64()) for n in ("level", "loss_step", "feature_step", "lead", "loss_change", "feature_change")]
 )
 _LEAD = pa.schema(

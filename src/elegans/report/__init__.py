@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
-from elegans.figures.effects import Lead, fields_first, leads
+from elegans.figures.effects import Lead, fields_first, leads_of
 from elegans.figures.scaling import Scaled, grid_of
 from elegans.figures.within import within
 from elegans.files import write_text
@@ -58,7 +58,7 @@ class Section:
 
 def _render(store: Store, tables: Tables) -> str:
     runs = catalogue(store, tables)
-    found = leads(tables.ask(queries.LEAD), tables.ask(_transitions(tables)), runs) if "lead" in tables.names else []
+    found = leads_of(tables)
     removed = within(tables.ask(queries.ablation()), runs) if "ablate" in tables.names else []
     grid = grid_of(tables)
     sections = _sections(tables, runs, found, grid)
@@ -72,17 +72,12 @@ def _render(store: Store, tables: Tables) -> str:
     )  # fmt: skip
 
 
-def _transitions(tables: Tables) -> str:
-    """The runs' own leads, or no rows of that shape."""
-    return queries.TRANSITION if "transition" in tables.names else "select '' as run, '' as feature, null as lead where false"
-
-
 def _sections(tables: Tables, runs: Catalogue, found: list[Lead], grid: list[Scaled]) -> list[Section]:
     """The sections that have rows."""
     names = tables.names
     by = next(iter(fields_first(runs, tables)), None)
     sections = [
-        Section("Lead", panels.lead_panel(found)),
+        Section("Lead", panels.lead_panel(found, tables)),
         Section("Scaling", panels.scaling_panel(grid, tables) if grid else []),
         Section("Learning", panels.curve_panels(tables, runs) if "metrics" in names else []),
         Section("Positions", panels.position_panel(tables, runs, by) if "positions" in names else []),

@@ -171,9 +171,9 @@ def scaling_panel(found: list[Scaled], tables: Tables) -> list[Panel]:
     return [Panel("The best of the grid at every budget", query, [(name, scaling(found, value)) for value, name in NAMES.items()])]
 
 
-def lead_panel(found: list[Lead]) -> list[Panel]:
+def lead_panel(found: list[Lead], tables: Tables) -> list[Panel]:
     """The forest plot."""
-    query = f"{queries.LEAD};\n\n{queries.TRANSITION}"
+    query = ";\n\n".join([queries.LEAD] + [queries.TRANSITION] * ("transition" in tables.names))
     return [Panel("Does the feature come before the loss?", query, [("", effects.lead_forest(found))])] if found else []
 
 
