@@ -198,7 +198,8 @@ def _transition(truths: list[dict[str, Any]]) -> pa.Table:
             seen = t["learns"] or (feature == "first_operand" and t["diverged"] is None)
             at = t["carry"] if feature == "carry" else 30.0
             rows.append({
-                "run": t["run"], "feature": feature, "level": 0.99 if seen else None, "loss_step": t["when"] if t["learns"] else None,
+                "run": t["run"], "group": f"lr={t['lr']:g}", "feature": feature, "level": 0.99 if seen else None,
+                "loss_step": t["when"] if t["learns"] else None,
                 "feature_step": at if seen else None, "lead": float(np.log10(t["when"] / at)) if t["learns"] else None,
             })  # fmt: skip
     return pa.Table.from_pylist(rows)

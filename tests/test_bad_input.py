@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from elegans.loading import parse_overrides
 from running import elegans
 
 GOOD = """
@@ -72,6 +73,7 @@ def test_bad_yaml(name, tmp_path):
         (["optim.lr=fast"], ["optim.lr", "fast", "finite number"]),
         (["optim.lr="], ["optim.lr", "at least one value"]),
         (["seed=4..0"], ["seed", "4..0", "ascending"]),
+        (["seed=0..x"], ["seed", "0..x", "whole number"]),
         (["seed"], ["seed", "field=value"]),
         (["model.mlp.gain=2"], ["model.mlp.gain", "gain", "ratio"]),
         (["steps=5", "steps=6"], ["steps", "twice"]),
@@ -85,6 +87,11 @@ def test_bad_words(words, said, tmp_path):
     (tmp_path / "good.yaml").write_text(GOOD)
     assert_refused(elegans("run", tmp_path / "good.yaml", *words, "--store", tmp_path / "store"), *said)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_path_with_dots_is_no_range():
+    axes = parse_overrides(["task.graphs=../g.g6,a..b", "seed=-1..2,7"])
+    assert axes == {"task.graphs": ["../g.g6", "a..b"], "seed": [-1, 0, 1, 2, 7]}
 
 
 def test_a_file_of_one_graph(tmp_path):

@@ -24,7 +24,9 @@ from elegans.figures import (
     timeline,
 )
 from elegans.figures.catalogue import columns
+from elegans.figures.effects import leads_of
 from elegans.figures.maps import probe_maps
+from elegans.instruments import Transition, measure
 from elegans.instruments.crossings import interval
 
 
@@ -99,12 +101,6 @@ def test_many_names_end_in_others():
     grouping = fake([{"kind": f"k{i % 12:02}"} for i in range(100)]).grouping("kind")
     assert len(grouping.labels) == len(style.NAMED) and grouping.labels[-1] == "others"
     assert set(style.palette(grouping)) == set(grouping.labels)
-
-
-def test_a_group_names_its_runs_by_their_fields(runs):
-    members = runs.members("lr=0.003")
-    assert len(members) == 4 and all(runs.facts[run].fields["optim.lr"] == 0.003 for run in members)
-    assert len(runs.members("all runs")) == 12 and runs.members("lr=7") == []
 
 
 # ---- curves
@@ -213,7 +209,7 @@ def test_step_zero_stands_in_for_the_untrained_network():
 
 
 def test_lead_draws_means_intervals_and_every_run(tables, runs):
-    found = leads(tables.ask(queries.LEAD), tables.ask(queries.TRANSITION), runs)
+    found = leads_of(tables)
     figure = lead_forest(found)
     rows = tables.ask(queries.LEAD).to_pylist()
     means = [trace for trace in figure.data if trace.name == "mean"]
@@ -223,12 +219,24 @@ def test_lead_draws_means_intervals_and_every_run(tables, runs):
     assert figure.layout.shapes[0].x0 == figure.layout.shapes[0].x1 == 0
 
 
+def test_the_dots_of_a_row_are_the_runs_of_its_group(tmp_path):
+    """Every run is evaluated every 100 steps: `steps=100`, the name of a group, is also in the fields of runs of 400."""
+    axes = {"record.evaluate": [{"kind": "every", "steps": 100}], "steps": [100, 400], "seed": range(4)}
+    store = synthetic.make(tmp_path, synthetic.runs_of(axes), tables=("metrics", "probe"))
+    measure(Transition(), store)
+    found = leads_of(Tables(store))
+    assert {lead.group for lead in found} == {"steps=100", "steps=400"}
+    assert [len(lead.each) for lead in found] == [lead.runs for lead in found]
+    store.add_rows("transition", "store", store.table("transition").drop_columns(["group"]))  # as earlier versions wrote it
+    assert all(len(lead.each) == 0 and lead.mean is not None for lead in leads_of(Tables(store)))
+
+
 def test_a_group_without_a_lead_has_no_mark():
     rows = pa.Table.from_pylist(
         [{"group": "", "feature": "f", "runs": 0, "of": 3, "mean": None, "low": None, "high": None, "verdict": "undecided"}]
     )
-    none = pa.table({"run": ["r0"], "feature": ["f"], "lead": pa.array([None], pa.float64())})
-    figure = lead_forest(leads(rows, none, fake([{}, {}, {}])))
+    none = pa.table({"group": [""], "feature": ["f"], "lead": pa.array([None], pa.float64())})
+    figure = lead_forest(leads(rows, none))
     assert len(figure.data) == 0 and figure.layout.annotations[0].text == "undecided, n = 0 of 3"
 
 
@@ -244,6 +252,14 @@ def test_ablation_averages_draws_within_runs_and_keeps_their_spread(tables):
     assert random.spread == (pytest.approx(mine.quantile(0.025).mean()), pytest.approx(mine.quantile(0.975).mean()))
     assert made["carry removed"].mean < 0.2
     assert [t.x[0] for t in ablation(rows).data if t.name == "mean"] == [strip.mean for strip in made.values()]
+
+
+def test_an_ablation_is_of_test_rows_and_says_so(tables):
+    """Validation rows fit the probes whose directions are removed; see `Ablate`."""
+    rows = tables.ask(queries.ablation())
+    figure = ablation(rows, "loss")
+    assert figure.layout.xaxis.title.text == "test loss (nats per scored token)" and caption(figure).startswith("Test loss, ")
+    assert caption(ablation(rows)).startswith("Exact match on test rows ")
 
 
 def test_intervals_cover_the_mean_in_95_of_100_cases():

@@ -10,7 +10,7 @@ import pytest
 import synthetic
 from elegans import report
 from elegans.figures import Catalogue, Lead
-from elegans.figures.scaling import Scaled
+from elegans.figures.scaling import Scaled, scaling
 from elegans.figures.style import precise
 from elegans.figures.within import Against, Effect
 from elegans.files import write_json
@@ -156,7 +156,8 @@ def test_a_table_without_the_needed_columns_is_named(tmp_path):
     store = synthetic.make(tmp_path, synthetic.small(), tables=("metrics",))
     store.add_rows("lead", "store", store.table("metrics").select(["run", "loss"]))
     page = report.write(store).read_text(encoding="utf-8")
-    assert "The table lead has no column group" in text(page) and "lead" not in sections(page)
+    assert "The table lead has no column group" in text(page) and "until its instrument has measured it again" in text(page)
+    assert "lead" not in sections(page)
 
 
 # ---- words
@@ -222,6 +223,11 @@ def scaled_task(loss: list[float], half=(None, None, None)) -> Scaled:
     [
         (scaled_task([1.0, 0.1], (3e9, 1e9, 1e10)), "passes half-way from plateau to floor between 1e09 and 1e10 training FLOPs."),
         (scaled_task([1.0, 0.4], (9e9, 1e9, None)), "beyond 1e09 training FLOPs; some draws of its seeds do not pass within 1e10."),
+        (scaled_task([0.6, 0.1, 0.0], (3e9, None, 1e10)), "at 1e10 or fewer training FLOPs; some draws of its seeds are past it at 1e09."),
+        (
+            scaled_task([0.6, 0.4], (3e9, None, None)),
+            "near 3e09 training FLOPs; some draws of its seeds are past it at 1e09; some draws of its seeds do not pass within 1e10.",
+        ),
         (scaled_task([1.0, 0.9]), "is not half-way from plateau to floor at 1e10 training FLOPs, the most that was run."),
         (scaled_task([0.1, 0.0]), "is past half-way from plateau to floor at 1e09 training FLOPs, the least that was run."),
     ],
@@ -229,6 +235,13 @@ def scaled_task(loss: list[float], half=(None, None, None)) -> Scaled:
 def test_scaling_in_words(task, said):
     sentence, *_ = words.answer([], [], Catalogue({}), [task])
     assert sentence.startswith("The best loss of addition ") and sentence.endswith(said)
+
+
+def test_a_half_way_point_that_is_known_on_one_side_is_shaded_to_the_end_of_the_budgets():
+    for half, ends in (((3e9, None, 1e10), (1e9, 1e10)), ((3e10, 1e10, None), (1e10, 1e11)), ((3e9, 2e9, 1e10), (2e9, 1e10))):
+        shapes = scaling([scaled_task([0.6, 0.4, 0.0], half)]).layout.shapes
+        assert [(s.x0, s.x1) for s in shapes if s.type == "rect"] == [ends]
+    assert not [s for s in scaling([scaled_task([0.1, 0.0])]).layout.shapes if s.type == "rect"]
 
 
 def test_a_grid_shows_its_scaling(tmp_path):
@@ -265,7 +278,7 @@ def test_an_ablation_is_judged_within_the_runs_that_learned(store, page):
         ((Against("random", 0.9, NONE, 3, 0.5, -0.4, 1.4),), "more than every draw): undecided."),
         (
             (Against("random", 0.9, NONE, 3, 0.5, 0.4, 0.6), Against("labels", 0.42, NONE, 2, 0.02, -0.01, 0.04)),
-            "and 0.02 [−0.01, 0.04] more than directions fitted to shuffled labels take: no more than chance directions do.",
+            "and 0.02 [−0.01, 0.04] more than directions fitted to random labels take: no more than chance directions do.",
         ),
         ((), "no random direction was removed for comparison."),
     ],

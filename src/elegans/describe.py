@@ -18,6 +18,7 @@ from elegans.files import write_arrays, write_json
 from elegans.instruments import Instrument
 from elegans.instruments import measure as measure_rows
 from elegans.instruments.base import ReplicaInstrument
+from elegans.instruments.scaling import FINAL
 from elegans.models import Transformer
 from elegans.randomness import Purpose, key_for
 from elegans.specs import find_kind, grid, kinds
@@ -31,7 +32,7 @@ from elegans.training.cohort import CHUNK, Programs, resolve
 from elegans.training.cost import rates_of
 from elegans.training.device import choose
 from elegans.training.planner import CohortPlan, seconds
-from elegans.training.run import tells
+from elegans.training.run import differing
 
 # ---- tasks
 
@@ -173,18 +174,16 @@ def _plan_row(name: str, plan: CohortPlan, step: int, platform: str) -> dict[str
 def run_rows(store: Store) -> pa.Table:
     """A row per run: state, length, the fields that differ, last validation and test scores."""
     runs = store.runs()
-    heads = ("run", "cohort", "label", "state", "diverged_at", "length", "parameters", "flops_per_step")
-    differ = [n for n in runs.column_names if n not in heads and tells(n, runs[n].to_pylist())]
-    picked = ", ".join(f'r."{n}"' for n in differ)
-    last = "select run, {0} from metrics where split = '{1}' group by run"
-    best = "arg_max(loss, step) as {0}_loss, arg_max(exact_match, step) as {0}_exact"
+    heads = ["run", "cohort", "label", "state", "diverged_at", "length", "parameters", "flops_per_step"]
+    differ = differing(runs.drop_columns(heads).to_pylist())
     if not store.has("metrics"):
         return runs.select(["run", "label", "state", "length", *differ])
-    return store.sql(
-        f"select r.run, r.label, r.state, r.diverged_at, r.length, {picked + ', ' if picked else ''}"
-        f"v.* exclude run, t.* exclude run from runs r left join ({last.format(best.format('validation'), 'validation')}) v using (run) "
-        f"left join ({last.format(best.format('test'), 'test')}) t using (run) order by r.cohort, r.label, r.run"
-    )
+    picked = [f'r."{name}"' for name in ("run", "label", "state", "diverged_at", "length", *differ)]
+    picked += [
+        f"{part}.{of} as {part}_{name}" for part in ("validation", "test") for of, name in (("loss", "loss"), ("exact_match", "exact"))
+    ]
+    joined = " ".join(f"left join last {part} on {part}.run = r.run and {part}.split = '{part}'" for part in ("validation", "test"))
+    return store.sql(f"with last as ({FINAL}) select {', '.join(picked)} from runs r {joined} order by r.cohort, r.label, r.run")
 
 
 def run_summary(folder: Path, page: Path) -> pa.Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from elegans import specs, studies
 from elegans.errors import Invalid, StoreError
 from elegans.store import Store
 from elegans.study import Study
-from elegans.training.run import Run
+from elegans.training.run import LENGTHS, Run
 
 RANGE_LIMIT = 1_000_000  # values of one a..b
 
@@ -117,9 +118,8 @@ def sweep_runs(run: Any, sweep: Mapping[str, Sequence[Any]]) -> list[Run]:
     """Runs of plain data and axes. A field may be given by the axes alone, such as `steps` swept and not set."""
     if not isinstance(run, Mapping):
         raise Invalid("run", run, f"allowed: a mapping with {', '.join(Run.infos)}")
-    lengths = ("steps", "examples", "epochs", "flops")
-    swept = [n for n in lengths if sweep.get(n)]
-    start = dict(run) if any(n in run for n in lengths) or not swept else {**run, swept[0]: sweep[swept[0]][0]}
+    swept = [n for n in LENGTHS if sweep.get(n)]
+    start = dict(run) if any(n in run for n in LENGTHS) or not swept else {**run, swept[0]: sweep[swept[0]][0]}
     return specs.grid(specs.from_dict(Run, start), sweep)
 
 
@@ -174,11 +174,11 @@ def _split(text: str) -> list[str]:
 
 
 def _values(name: str, text: str) -> list[Any]:
-    first, dots, last = text.partition("..")
-    if dots:
-        if not (first.lstrip("-").isdigit() and last.lstrip("-").isdigit()) or not 0 <= int(last) - int(first) < RANGE_LIMIT:
-            raise Invalid(name, text, "allowed: whole numbers first..last, ascending")
-        return list(range(int(first), int(last) + 1))
+    if ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):  # anything else may be a path
+        first, last = map(int, ends.groups())
+        if not 0 <= last - first < RANGE_LIMIT:
+            raise Invalid(name, text, f"allowed: first..last, ascending, of at most {RANGE_LIMIT:,} numbers")
+        return list(range(first, last + 1))
     try:
         return [YAML(typ="safe", pure=True).load(text)]
     except YAMLError:

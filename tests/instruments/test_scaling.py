@@ -1,11 +1,13 @@
 """Scaling: fits recover the laws that made the points, and what chooses is not what is reported."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import synthetic
-from elegans.files import write_json
-from elegans.instruments.scaling import Ended, Scaling, broken_power_law, by_budget, power_law
+from elegans import specs
+from elegans.files import write_json, write_table
+from elegans.instruments.scaling import Ended, Scaling, broken_power_law, by_budget, ended_runs, power_law
 
 BUDGETS = [10.0**k for k in range(9, 16)]
 
@@ -91,6 +93,18 @@ def test_a_configuration_that_diverged_at_a_budget_is_not_chosen_there(tmp_path)
     assert [(r["flops"], r["loss"], r["configurations"]) for r in rows] == [(BUDGETS[0], 0.5, 2), (BUDGETS[1], 0.9, 1)]
 
 
+def test_a_task_without_a_finished_run_has_no_curve(tmp_path) -> None:
+    """The other task is planned and not yet trained."""
+    store = synthetic.grid_store(tmp_path, BUDGETS[:2], lambda *at: 0.5, {})
+    waiting = synthetic.grid_store(tmp_path / "waiting", BUDGETS[:2], lambda *at: 0.5, {}, task=synthetic.Addition(length=4))
+    for cohort in waiting.cohorts():
+        (cohort.path / "metrics.parquet").unlink()
+        cohort.path.rename(store.path / "cohorts" / f"f{cohort.id[1:]}")
+    assert len({line["spec"]["task"]["length"] for line in store.lines()}) == 2
+    for name, rows in Scaling(draws=10).tables(store).items():
+        assert {row["task"] for row in rows.to_pylist()} == {"addition"}, name
+
+
 def test_intervals_stay_where_losses_and_shares_can_be_and_fits_need_three_seeds() -> None:
     runs = [Ended("toy", 1e9, "a", f"a{s}", 0.1, test, exact) for s, (test, exact) in enumerate(((0.0, 1.0), (0.3, 0.6), (0.0, 1.0)))]
     best = Scaling()._best(by_budget(runs)[1e9])
@@ -100,6 +114,19 @@ def test_intervals_stay_where_losses_and_shares_can_be_and_fits_need_three_seeds
         found = Scaling(draws=20)._fits(by_budget([e for e in falls if e is not left_out]), 0.0, 61.0)
         slope = next(r for r in found if r["quantity"] == "slope")
         assert slope["value"] == pytest.approx(0.3, rel=0.05) and (slope["low"] is not None) == known
+
+
+def test_runs_are_pooled_as_seeds_only_where_every_field_is_the_same(tmp_path) -> None:
+    """These training sets share the four digits that tables show, and these learning rates those that are printed."""
+    base = synthetic.small()[0]
+    alike = [{"train_set": [125, 176], "seed": [0, 1]}, {"optim.lr": [0.0123456, 0.01234561], "seed": [0, 1]}]
+    runs = [run for axes in alike for run in specs.grid(base, axes)]
+    store = synthetic.make(tmp_path, [*runs, base], tables=())  # the last one diverges
+    ends = [{"run": r.id, "split": s, "step": 1, "loss": 0.5, "exact_match": 0.5} for r in runs for s in ("validation", "test")]
+    write_table(store.cohorts()[0].path / "metrics.parquet", pa.Table.from_pylist(ends))
+    ended, _ = ended_runs(store)
+    (found,) = by_budget(ended).values()
+    assert len({run.configuration for run in ended}) == 2 and [len(seeds) for seeds in found.values()] == [2] * 4
 
 
 def test_a_break_at_the_edge_of_the_budgets_is_none() -> None:

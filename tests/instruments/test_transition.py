@@ -6,7 +6,10 @@ import pyarrow as pa
 import pytest
 
 import synthetic
-from elegans.instruments.transition import NEVER_FELL, NEVER_READ, READABLE, Course, Transition, _nested
+from elegans.describe import run_rows
+from elegans.figures import Tables, catalogue
+from elegans.instruments.transition import NEVER_FELL, NEVER_READ, NO_START, READABLE, Course, Transition, _nested, group_names
+from elegans.training.run import differing
 
 
 def test_rows_in_any_order_give_the_same_curves_and_ties_the_same_site() -> None:
@@ -122,3 +125,28 @@ def test_what_never_happened_is_missing_and_never_zero() -> None:
     row = Transition()._lead([(course(5.0), course(None))] * 3)
     assert row["missing"] == NEVER_READ and row.get("loudness") is None
     assert Transition()._feature({"embed": [(0, 0.99), (10, 1.0)]}).missing == "readable untrained"
+    assert Transition()._feature({"embed": [(700, 0.99)]}).missing == NO_START  # trained: it says nothing of the untrained network
+    assert Transition()._feature({"embed": [(1, 0.5), (10, 1.0)]}).step is None
+
+
+def test_what_is_recorded_tells_no_runs_apart(tmp_path) -> None:
+    """Seeds of one group, of which some were evaluated on more rows: the list of runs, the figures and the groups say the same."""
+    axes = {"record.examples": [512, 1024], "optim.lr": [1e-3, 2e-3], "seed": range(2)}
+    store = synthetic.make(tmp_path, synthetic.runs_of(axes), tables=("metrics",))
+    groups = list(group_names(store).values())
+    assert {name: groups.count(name) for name in groups} == {"lr=0.001": 4, "lr=0.002": 4}
+    shown = run_rows(store)
+    assert {"optim.lr", "seed"} <= set(shown.column_names) and "record.examples" not in shown.column_names
+    opened = Tables(store)
+    runs = catalogue(store, opened)
+    opened.close()
+    assert runs.differing == ["optim.lr"]
+    for row in shown.to_pylist():  # the last scores of the table are those of the figures
+        facts = runs.facts[row["run"]]
+        if row["state"] == "finished":
+            assert (row["validation_loss"], row["test_exact"]) == (facts.loss, facts.test_exact_match)
+
+
+def test_a_parent_tells_only_runs_that_have_one() -> None:
+    fields = [{"lr": 1, "after": None}, {"lr": 1, "after": "run", "after.lr": 2}, {"lr": 1, "after": "run", "after.lr": 2}]
+    assert differing(fields) == ["after"] and differing([*fields, fields[1] | {"after.lr": 3, "seed": 1}]) == ["after", "after.lr", "seed"]

@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from elegans import specs
 from elegans.errors import Invalid
-from elegans.figures import queries
+from elegans.instruments.scaling import FINAL
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import SEEDS, is_seed
+from elegans.training.run import SEEDS, differing, is_seed
 
 NEEDED = {
     "runs": ("run", "cohort", "label", "state", "diverged_at", "length", "parameters", "flops_per_step"),
@@ -28,7 +28,7 @@ NEEDED = {
     "ablate": ("run", "step", "feature", "method", "direction", "draw", "loss", "exact_match", "base_loss", "base_exact_match"),
     "attention": ("run", "step", "layer", "head", "query", "key", "query_label", "key_label", "attention"),
     "circuit": ("run", "step", "pattern", "layer", "head", "length", "attention", "chance", "peakiness", "invariance"),
-    "transition": ("run", "feature", "level", "loss_step", "feature_step", "lead"),
+    "transition": ("run", "group", "feature", "level", "loss_step", "feature_step", "lead"),
     "lead": ("group", "feature", "runs", "of", "mean", "low", "high", "verdict"),
     "change": ("group", "task", "curve", "runs", "of", "flops", "flops_low", "flops_high", "missing"),
     "course": ("group", "task", "curve", "step", "flops", "runs", "mean", "low", "high"),
@@ -50,6 +50,7 @@ OPTIONAL = {
 }  # null where an instrument was told not to measure them
 SHADES = 8  # values of a field that get a colour each; more are binned
 BINS = 5
+COVERAGE = 0.95  # of the intervals that figures draw
 LEARNED = "the last validation loss is at or below half-way from plateau to floor (where these are unknown: exact match is 0.5 or more)"
 
 
@@ -164,13 +165,12 @@ class Catalogue:
     @cached_property
     def differing(self) -> list[str]:
         """Fields that differ between runs, seeds and what is recorded apart; of fields that differ together, the first."""
-        names = dict.fromkeys(name for f in self.facts.values() for name in f.fields)
+        fields = [f.fields for f in self.facts.values()]
         found: dict[tuple[int, ...], str] = {}
-        for name in (n for n in names if not is_seed(n) and n.split(".")[0] not in ("record", "label")):
-            values = [f.fields.get(name) for f in self.facts.values()]
+        for name in (n for n in differing(fields) if not is_seed(n)):
+            values = [f.get(name) for f in fields]
             order = {v: i for i, v in enumerate(dict.fromkeys(values))}
-            if len(order) > 1:
-                found.setdefault(tuple(order[v] for v in values), name)
+            found.setdefault(tuple(order[v] for v in values), name)
         return list(found.values())
 
     def short(self, name: str) -> str:
@@ -202,20 +202,10 @@ class Catalogue:
                 found.setdefault(round(value, 6), []).append(run)
         return sorted(found.items())
 
-    def members(self, group: str) -> list[str]:
-        """Runs that a group's text names (`lr=0.003, d_model=64`): those whose fields have these values; all if it names none."""
-        wanted = [item.split("=", 1) for item in group.split(", ") if "=" in item]
-        return [run for run, f in self.facts.items() if all(_has(f.fields, path.strip(), text.strip()) for path, text in wanted)]
-
 
 def shown(value: Any) -> str:
     """A field's value as text."""
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _has(fields: dict[str, Any], path: str, text: str) -> bool:
-    values = [v for name, v in fields.items() if name == path or name.endswith("." + path)]
-    return any(text in (str(v), shown(v)) for v in values) or (not values and text in ("none", "None"))
 
 
 def _by_size(title: str, values: dict[str, Any], present: Sequence[float]) -> Grouping:
@@ -244,7 +234,7 @@ def catalogue(store: Store, tables: Tables) -> Catalogue:
     bounds = _bounds(store.lines())
     final: dict[tuple[str, str], dict[str, Any]] = {}
     if "metrics" in tables.names:
-        final = {(row["run"], row["split"]): row for row in tables.ask(queries.FINAL).to_pylist()}
+        final = {(row["run"], row["split"]): row for row in tables.ask(FINAL).to_pylist()}
     rows = tables.ask("select * from runs order by run").to_pylist() if "runs" in tables.names else []
     return Catalogue({row["run"]: _facts(row, final, bounds) for row in rows})
 

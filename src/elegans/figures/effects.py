@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 import pyarrow as pa
 
 from elegans.figures import queries, style
-from elegans.figures.catalogue import Catalogue, Tables, columns, number
+from elegans.figures.catalogue import COVERAGE, Catalogue, Tables, columns, number
 from elegans.figures.curves import MANY
-from elegans.instruments.crossings import interval
+from elegans.instruments.crossings import ANYWHERE, SHARE, interval
 
 MOST_ROWS = 40  # of a forest plot
 GOLDEN = 0.618033988749895  # its multiples spread evenly: a jitter without chance
@@ -21,7 +21,7 @@ CONTROLS = {
     "matched": "random step of equal length",
     "labels": "direction of random labels",
 }
-EFFECTS = {"exact_match": "exact match", "loss": "validation loss (nats per scored token)"}
+EFFECTS = {"exact_match": "exact match", "loss": "test loss (nats per scored token)"}
 
 
 def jitter(count: int, half: float) -> np.ndarray:
@@ -57,14 +57,22 @@ class Lead:
         return f"{self.feature}, {self.group}" if "=" in self.group else self.feature
 
 
-def leads(rows: pa.Table, each: pa.Table, catalogue: Catalogue) -> list[Lead]:
-    """Rows of the table `lead`, each with its runs' own leads (rows of `transition`: run, feature, lead)."""
-    own = {(row["run"], row["feature"]): number(row["lead"]) for row in each.to_pylist()}
+def leads_of(tables: Tables) -> list[Lead]:
+    """The rows of the table `lead`; none where there is no such table, and no runs' own leads where there is no `transition`."""
+    none = "select '' as \"group\", '' as feature, null as lead where false"
+    each = tables.ask(queries.TRANSITION if "transition" in tables.names else none)
+    return leads(tables.ask(queries.LEAD), each) if "lead" in tables.names else []
+
+
+def leads(rows: pa.Table, each: pa.Table) -> list[Lead]:
+    """Rows of the table `lead`, each with its runs' own leads (rows of `transition`: group, feature, lead)."""
+    own: dict[tuple[str, str], list[float]] = {}
+    for row in each.to_pylist():
+        if (value := number(row["lead"])) is not None:
+            own.setdefault((row["group"], row["feature"]), []).append(value)
     found = []
     for row in rows.to_pylist():
-        members = catalogue.members(row["group"] or "")
-        values = [own.get((run, row["feature"])) for run in members]
-        single = np.array([v for v in values if v is not None], float)
+        single = np.array(own.get((row["group"], row["feature"]), []), float)
         mean, low, high = (number(row[name]) for name in ("mean", "low", "high"))
         counts = int(row["runs"] or 0), int(row["of"] or 0)
         verdict = row["verdict"] or "undecided"
@@ -194,9 +202,7 @@ def _strip(name: str, feature: str, method: str, kind: str, run: np.ndarray, val
         return None
     place = np.unique(run.astype(str), return_inverse=True)[1]
     each = np.bincount(place, values) / np.bincount(place)
-    mean, low, high = interval(each, 0.95, fewest=2)
-    if value == "exact_match" and low is not None and high is not None:
-        low, high = max(low, 0.0), min(high, 1.0)
+    mean, low, high = interval(each, COVERAGE, fewest=2, within=SHARE if value == "exact_match" else ANYWHERE)
     spread = np.mean([np.quantile(values[place == i], (0.025, 0.975)) for i in range(len(each))], axis=0)
     return Strip(name, feature, method, kind, each, values, mean, low, high, (float(spread[0]), float(spread[1])))
 
@@ -243,7 +249,7 @@ def _ablation_caption(made: list[Strip], value: str, who: str) -> str:
     draws = max((len(strip.draws) for strip in made if strip.repeated), default=0)
     many = f" {runs} runs are too many for dots." if runs > MANY else " Dots: runs, draws averaged within each."
     cut = " (cut at 0 and 1)" if value == "exact_match" else ""
-    what = "Exact match on held-out rows" if value == "exact_match" else "Validation loss, nats per scored token,"
+    what = "Exact match on test rows" if value == "exact_match" else "Test loss, nats per scored token,"
     return (
         f"{what} when a direction is projected out of the network, at the last step measured. Diamonds: means over the runs {who}, "
         f"with their 95 % t interval{cut}; n = {plural(runs, 'run')}.{many} Pale bars: the central 95 % of a run's own draws of "

@@ -14,7 +14,7 @@ from elegans.figures import queries, style
 from elegans.figures.attention import AttentionGrid, attention_grid
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
 from elegans.figures.curves import MANY, UNITS, Series, band, series, y_range
-from elegans.figures.effects import EFFECTS, Lead, Strip, fields_first, jitter, leads, strip_colour, strips
+from elegans.figures.effects import EFFECTS, Lead, Strip, fields_first, jitter, leads_of, strip_colour, strips
 from elegans.figures.maps import ProbeMaps, probe_maps
 from elegans.store import Store
 
@@ -58,8 +58,8 @@ def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Figure]:
         for feature in tables.ask(queries.FEATURES)["feature"].to_pylist():
             rows = tables.ask(queries.probe_map(feature, where, tables.left_out))
             drawn |= {f"probe-{_file_name(feature)}": probe_map(probe_maps(rows), feature)} if rows.num_rows else {}
-    if {"lead", "transition"} <= tables.names:
-        drawn["lead"] = lead_forest(leads(tables.ask(queries.LEAD), tables.ask(queries.TRANSITION), runs))
+    if found := leads_of(tables):
+        drawn["lead"] = lead_forest(found)
     if "ablate" in tables.names:
         where = queries.among(runs.learned, len(runs.facts)) if runs.learned else "true"
         drawn["ablation"] = ablation(strips(tables.ask(queries.ablation(where))), "exact_match")

@@ -6,11 +6,9 @@ from collections.abc import Collection, Sequence
 
 FEATURES = "select feature, count(distinct run) as runs from probe where accuracy is not null group by feature order by feature"
 LEAD = 'select * from lead order by feature, "group"'
-TRANSITION = "select run, feature, loss_step, feature_step, lead from transition order by feature, run"
+TRANSITION = 'select run, "group", feature, loss_step, feature_step, lead from transition order by feature, run'
 SCALING = "select * from scaling order by task, flops"
 SCALING_FIT = "select * from scaling_fit where quantity = 'half' order by task"
-FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
-from metrics group by run, split order by run, split"""
 SITES = """with ends as (select run, feature, site, step, avg(accuracy) as accuracy from probe
   where accuracy is not null group by run, feature, site, step qualify step = max(step) over (partition by run, feature))
 select feature, arg_max(site, mean) as site

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Tables, catalogue, columns, number
 from elegans.figures.paper import LOOK, diamond, name_rows, save
-from elegans.figures.scaling import Scaled, loss_range, scaled
+from elegans.figures.scaling import Scaled, grid_of, loss_range
 from elegans.figures.within import Effect, markdown, table, within
 from elegans.files import write_text
 from elegans.store import Store
@@ -140,8 +140,7 @@ def _line(rows: dict[str, np.ndarray], here: np.ndarray) -> Line:
 
 def scaling_figure(tables: Tables, tasks: Sequence[str], published: Mapping[str, Interval], across: int = 5) -> Figure:
     """Test loss and exact match of the best configuration at every budget, a panel for each task; the published transition shaded."""
-    fits = queries.SCALING_FIT if "scaling_fit" in tables.names else "select '' as task, '' as quantity where false"
-    found = {s.task: s for s in scaled(tables.ask(queries.SCALING), tables.ask(fits))} if "scaling" in tables.names else {}
+    found = {s.task: s for s in grid_of(tables)}
     figure, panels = _grid(len(tasks), across)
     ends = [x for task in tasks for x in (*published.get(task, ()), *(found[task].flops if task in found else ())) if x is not None]
     for axes, task in zip(panels, tasks, strict=True):

@@ -10,8 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
 
-from elegans.figures import style
-from elegans.figures.catalogue import columns, number
+from elegans.figures import queries, style
+from elegans.figures.catalogue import Tables, columns, number
 
 ACROSS, HIGH, GAP = 3, 230, 96  # most panels in a row, pixels of a panel, pixels between rows
 VALUES = {"loss": ("loss", "low", "high"), "exact_match": ("exact_match", "exact_low", "exact_high")}
@@ -45,6 +45,14 @@ def scaled(rows: pa.Table, fits: pa.Table) -> list[Scaled]:
         of = (data["flops"][here].astype(float), values, data["seeds"][here], data["configuration"][here])
         made.append(Scaled(task, *of, *bounds, halves.get(task, (None, None, None))))
     return made
+
+
+def grid_of(tables: Tables) -> list[Scaled]:
+    """The tasks of the table `scaling`; none where there is no such table."""
+    if "scaling" not in tables.names:
+        return []
+    fits = queries.SCALING_FIT if "scaling_fit" in tables.names else "select '' as task, '' as quantity where false"
+    return scaled(tables.ask(queries.SCALING), tables.ask(fits))
 
 
 def scaling(found: Sequence[Scaled], value: str = "loss") -> go.Figure:
@@ -83,10 +91,10 @@ def _mark(figure: go.Figure, task: Scaled, value: str, axis: str) -> None:
             line = {"width": 1.2, "dash": "dot", "color": style.GREY}
             figure.add_shape(type="line", xref=f"x{axis} domain", x0=0, x1=1, yref=f"y{axis}", y0=level, y1=level, line=line)
     _, low, high = task.half
-    if low is not None:
+    if low is not None or high is not None:
         band = {"fillcolor": style.faint(style.RED, 0.13), "line": {"width": 0}, "layer": "below"}
-        end = float(task.flops.max()) if high is None else high
-        figure.add_shape(type="rect", xref=f"x{axis}", x0=low, x1=end, yref=f"y{axis} domain", y0=0, y1=1, **band)
+        start, end = (float(e) if x is None else x for x, e in ((low, task.flops.min()), (high, task.flops.max())))
+        figure.add_shape(type="rect", xref=f"x{axis}", x0=start, x1=end, yref=f"y{axis} domain", y0=0, y1=1, **band)
 
 
 def _range(task: Scaled, value: str) -> dict[str, Any]:

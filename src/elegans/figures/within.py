@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from elegans.figures.catalogue import Catalogue
-from elegans.instruments.crossings import interval
+from elegans.figures.catalogue import COVERAGE, Catalogue
+from elegans.instruments.crossings import SHARE, interval
 
 Draws = dict[str, dict[str, list[float]]]  # direction (or base) to run to exact matches
 LITTLE = 0.05  # of exact match: an effect that is surely smaller is called none
@@ -79,16 +79,14 @@ def _effect(name: tuple[str, str, str], drawn: Draws, learned: set[str]) -> Effe
     left = np.array([np.mean(own[run]) for run in chosen])
     controls = [c for c in ("random", "matched", "labels") if set(chosen) <= drawn.get(c, {}).keys()]
     against = [_against(c, left, [np.array(drawn[c][run]) for run in chosen]) for c in controls]
-    mean, low, high = interval(left, 0.95, fewest=2)
-    cut = (None, None) if low is None or high is None else (max(low, 0.0), min(high, 1.0))
     base = float(np.mean([drawn["base"][run] for run in chosen]))
-    return Effect(*name, len(chosen), len(own), base, mean, *cut, tuple(against))
+    return Effect(*name, len(chosen), len(own), base, *interval(left, COVERAGE, fewest=2, within=SHARE), tuple(against))
 
 
 def _against(control: str, left: np.ndarray, draws: Sequence[np.ndarray]) -> Against:
     kept = np.array([d.mean() for d in draws])
     beyond = sum(float(own) < d.min() for own, d in zip(left, draws, strict=True))
-    return Against(control, float(kept.mean()), kept - left, int(beyond), *interval(kept - left, 0.95, fewest=2))
+    return Against(control, float(kept.mean()), kept - left, int(beyond), *interval(kept - left, COVERAGE, fewest=2))
 
 
 TABLE = ("task", "feature", "method", "runs", "of", "exact_match", "after", "after_low", "after_high", "verdict")

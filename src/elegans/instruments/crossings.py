@@ -57,11 +57,12 @@ def change_point(x: Sequence[float], values: Sequence[float]) -> Bracket | None:
     return (float(x[split]), float(x[split + 1])) if explained[split] > 0 else None
 
 
+ANYWHERE = (-math.inf, math.inf)
 SHARE = (0.0, 1.0)  # where an accuracy, an exact match or an r2 that counts from 0 can be
 
 
 def interval(
-    values: Sequence[float] | np.ndarray, confidence: float, fewest: int = 3, within: Bracket = (-math.inf, math.inf)
+    values: Sequence[float] | np.ndarray, confidence: float, fewest: int = 3, within: Bracket = ANYWHERE
 ) -> tuple[float, float | None, float | None]:
     """Mean and Student t interval over independent runs, cut to where the mean can be; none for fewer than three, or another number."""
     mean = float(np.mean(values))

@@ -22,21 +22,24 @@ from elegans.store import Store
 from elegans.tasks import Task
 from elegans.training.run import LENGTHS, is_seed
 
+FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
+from metrics group by run, split order by run, split"""  # the last scores that are not null
 FEWEST = 3  # seeds at every budget, below which nothing is called sure
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """One finished run: its budget in FLOPs, its configuration without seed and budget, its last scores, its model."""
+    """One finished run: its budget in FLOPs, its last scores, its model and all its fields but seeds and lengths (JSON)."""
 
     task: str
     flops: float
-    configuration: str
+    configuration: str  # what tables show of the fields
     run: str
     validation: float
     test: float
     exact_match: float
     model: str = ""
+    fields: str = ""
 
 
 def power_law(flops: Sequence[float], loss: Sequence[float]) -> tuple[float, float] | None:
@@ -191,12 +194,10 @@ def bounds(found: Sequence[Bracket], confidence: float) -> tuple[float | None, f
 
 def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
     """Finished runs with their last scores, and their tasks by name."""
-    last = "arg_max(loss, step) as loss, arg_max(exact_match, step) as exact"
-    query = f"select run, split, {last} from metrics where split <> 'train' group by all"
     scores: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in store.sql(query).to_pylist() if store.has("metrics") else []:
+    for row in store.sql(FINAL).to_pylist() if store.has("metrics") else []:
         if row["loss"] is not None:
-            scores.setdefault(row["run"], {})[row["split"]] = (row["loss"], row["exact"])
+            scores.setdefault(row["run"], {})[row["split"]] = (row["loss"], row["exact_match"])
     ended: list[Ended] = []
     tasks: dict[str, Task] = {}
     diverged = {run for cohort in store.cohorts() for run in cohort.status()["diverged"]}
@@ -207,22 +208,28 @@ def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
         name = task.kind if tasks.setdefault(task.kind, task) == task else f"{task.kind} {identity(task)}"
         tasks[name] = task
         budget = line["spec"].get("flops") or line["length"] * line["flops_per_step"]
-        configuration = _configuration(line["spec"])
+        fields = _fields(line["spec"])
+        every = json.dumps(fields, sort_keys=True)
         if line["run"] in diverged:
-            lost.add((name, budget, configuration))
+            lost.add((name, budget, every))
         elif {"validation", "test"} <= set(found):
             scored = (found["validation"][0], *found["test"])
             model = json.dumps(line["spec"]["model"], sort_keys=True)
-            ended.append(Ended(name, budget, configuration, line["run"], *scored, model))
-    return [e for e in ended if (e.task, e.flops, e.configuration) not in lost], tasks
+            ended.append(Ended(name, budget, _shown(fields), line["run"], *scored, model, every))
+    kept = [e for e in ended if (e.task, e.flops, e.fields) not in lost]
+    return kept, {name: task for name, task in tasks.items() if any(e.task == name for e in kept)}
 
 
-def _configuration(spec: dict[str, Any]) -> str:
+def _fields(spec: dict[str, Any]) -> dict[str, Any]:
     """What is chosen at a budget: every field but seeds, lengths and what is recorded."""
-    rest = {k: v for k, v in specs.flat(spec).items() if not k.startswith("record") and not is_seed(k) and k not in LENGTHS}
-    shown = ("model.d_model", "model.layers", "batch", "optim.lr")
-    label = " ".join(f"{k.rpartition('.')[2]}={rest[k]:g}" for k in shown if isinstance(rest.get(k), (int, float)))
-    other = json.dumps({k: v for k, v in rest.items() if k not in shown}, sort_keys=True)
+    return {k: v for k, v in specs.flat(spec).items() if not k.startswith("record") and not is_seed(k) and k not in LENGTHS}
+
+
+def _shown(fields: dict[str, Any]) -> str:
+    """A configuration in short, for people: others may be shown alike."""
+    named = ("model.d_model", "model.layers", "batch", "optim.lr")
+    label = " ".join(f"{k.rpartition('.')[2]}={fields[k]:g}" for k in named if isinstance(fields.get(k), (int, float)))
+    other = json.dumps({k: v for k, v in fields.items() if k not in named}, sort_keys=True)
     return f"{label} {stable_hash(other) % 16**4:04x}"
 
 
@@ -230,7 +237,7 @@ def by_budget(ended: list[Ended]) -> dict[float, dict[str, list[Ended]]]:
     """Budget to configuration to its seeds, ascending."""
     found: dict[float, dict[str, list[Ended]]] = {}
     for run in sorted(ended, key=lambda e: (e.flops, e.configuration, e.run)):
-        found.setdefault(run.flops, {}).setdefault(run.configuration, []).append(run)
+        found.setdefault(run.flops, {}).setdefault(run.configuration + run.fields, []).append(run)
     return found
 
 

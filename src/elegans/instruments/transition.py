@@ -17,7 +17,7 @@ from elegans.instruments.crossings import SHARE, Bracket, change_point, crossing
 from elegans.specs import field, spec
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import is_seed, tells
+from elegans.training.run import differing, is_seed
 
 # columns that earlier versions of the probe did not write are null
 PROBES = """(from probe union all by name
@@ -27,7 +27,7 @@ SCORE = "coalesce(accuracy, case when r2 < 0 then 0 else r2 end)"  # worse than 
 READABLE = f"""select run, feature, site, step, list_avg(list({SCORE}::double order by "index", label)) as score
 from {PROBES} where coalesce(accuracy, r2) is not null group by run, feature, site, step order by run, feature, step, site"""
 LOSSES = "select run, step, loss from metrics where split = 'validation' and loss is not null order by step"
-NEVER_FELL, NEVER_READ = "loss never fell", "never readable"
+NEVER_FELL, NEVER_READ, NO_START = "loss never fell", "never readable", "untrained network not probed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +54,16 @@ class Transition(StoreInstrument):
     Per run, table `transition`: `loss_step`, the step at which validation loss has fallen half-way from the
     plateau to the floor for good; `feature_step`, the step at which the probes' score (accuracy; r2 of a number),
     averaged over reads and labels (r2 below 0 as 0) at the site that is best at the end, has risen half-way from untrained to its
-    end; `lead` = log10(loss_step /
-    feature_step), in decades of training steps (the same as decades of FLOPs), positive where the feature came
-    first. Missing where the run never learned, or the probe never rose by `least`. Steps lie between recorded
-    ones, so a lead is no finer than the spacing of evaluations and recorded weights.
+    end; `lead` = log10(loss_step / feature_step), in decades of training steps (the same as decades of FLOPs), positive where the
+    feature came first. Missing where the run never learned, the probe never rose by `least`, or step 0 was not probed. Steps lie
+    between recorded ones, so a lead is no finer than the spacing of evaluations and recorded weights.
 
     Per group of runs that differ by seed alone, table `lead`: mean, interval over seeds, and the verdict: leads,
     lags, no lead (the whole interval within `same` of zero), undecided. Chance level 0; no ceiling. `change` is the mean lead of the
     change points, and its interval `change_low`, `change_high` holds wherever between two recorded steps each of them was;
     `loudness` is decided by it: quiet (all beyond `same`: readable before the loss moves), loud (none beyond: with the
     loss, or after), undecided, which records coarser than `same` often are; null where `missing` says why: never readable,
-    loss never fell.
+    loss never fell, untrained network not probed.
 
     Per group and curve (`loss`, or a feature), table `change`: the change point, as `change_point` of instruments/crossings.py, in
     steps and in FLOPs; t interval over seeds of its logarithm, widened by the recorded steps that it lies between. The loss
@@ -80,8 +79,8 @@ class Transition(StoreInstrument):
             raise Invalid("store", str(store.path), "transition needs probes: run `elegans measure probe` first")
         losses = _losses(store)
         features = {key: self._feature(by_site) for key, by_site in _nested(store.sql(READABLE)).items()}
-        rows = [_transition(run, feature, losses[run], seen) for (run, feature), seen in features.items()]
         groups = _groups(store)
+        rows = [{"group": groups[run].name} | _transition(run, feature, losses[run], seen) for (run, feature), seen in features.items()]
         curves = _grouped(groups, {(run, "loss"): course for run, course in losses.items()} | features)
         leads = _grouped(groups, {(run, feature): (losses[run], seen) for (run, feature), seen in features.items()})
         return {
@@ -93,6 +92,8 @@ class Transition(StoreInstrument):
 
     def _feature(self, by_site: dict[str, list[tuple[int, float]]]) -> Course:
         steps, score = zip(*max(by_site.values(), key=lambda points: points[-1][1]), strict=True)
+        if steps[0] > 0:
+            return Course(steps, score, None, None, NO_START)
         if score[-1] - score[0] < self.least:
             return Course(steps, score, None, None, NEVER_READ if score[0] < 1 - self.least else "readable untrained")
         level = (score[0] + score[-1]) / 2
@@ -137,7 +138,7 @@ class Transition(StoreInstrument):
 
 
 _TRANSITION = pa.schema(
-    [("run", pa.string()), ("feature", pa.string())]
+    [(n, pa.string()) for n in ("run", "group", "feature")]
     + [(n, pa.float64()) for n in ("level", "loss_step", "feature_step", "lead", "loss_change", "feature_change")]
 )
 _LEAD = pa.schema(
@@ -219,10 +220,8 @@ def _grouped(groups: dict[str, Group], values: dict[tuple[str, str], Any]) -> di
 
 def group_names(store: Store) -> dict[str, str]:
     """Run id to the name of its group: the fields in which runs of the store differ, seeds aside."""
-    lines = store.lines()
-    flat = {line["run"]: specs.flat(line["spec"]) for line in lines}
-    names = list(dict.fromkeys(name for fields in flat.values() for name in fields))
-    differ = [n for n in names if not is_seed(n) and tells(n, (f.get(n) for f in flat.values()))]
+    flat = {line["run"]: specs.flat(line["spec"]) for line in store.lines()}
+    differ = [n for n in differing(list(flat.values())) if not is_seed(n)]
     return {run: ", ".join(f"{n.rpartition('.')[2]}={_show(f.get(n))}" for n in differ) or "all runs" for run, f in flat.items()}
 
 

@@ -16,10 +16,11 @@ from plotly.offline import get_plotlyjs
 
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
-from elegans.figures.effects import Lead, fields_first, leads
-from elegans.figures.scaling import Scaled
+from elegans.figures.effects import Lead, fields_first, leads_of
+from elegans.figures.scaling import Scaled, grid_of
 from elegans.figures.within import within
 from elegans.files import write_text
+from elegans.instruments.scaling import FINAL
 from elegans.report import panels, words
 from elegans.report.panels import Panel
 from elegans.report.runs import diverged_table, provenance, runs_table
@@ -57,9 +58,9 @@ class Section:
 
 def _render(store: Store, tables: Tables) -> str:
     runs = catalogue(store, tables)
-    found = leads(tables.ask(queries.LEAD), tables.ask(_transitions(tables)), runs) if "lead" in tables.names else []
+    found = leads_of(tables)
     removed = within(tables.ask(queries.ablation()), runs) if "ablate" in tables.names else []
-    grid = panels.grid_of(tables) if "scaling" in tables.names else []
+    grid = grid_of(tables)
     sections = _sections(tables, runs, found, grid)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("elegans", "report"), autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.get_template("page.html").render(
@@ -71,17 +72,12 @@ def _render(store: Store, tables: Tables) -> str:
     )  # fmt: skip
 
 
-def _transitions(tables: Tables) -> str:
-    """The runs' own leads, or no rows of that shape."""
-    return queries.TRANSITION if "transition" in tables.names else "select '' as run, '' as feature, null as lead where false"
-
-
 def _sections(tables: Tables, runs: Catalogue, found: list[Lead], grid: list[Scaled]) -> list[Section]:
     """The sections that have rows."""
     names = tables.names
     by = next(iter(fields_first(runs, tables)), None)
     sections = [
-        Section("Lead", panels.lead_panel(found)),
+        Section("Lead", panels.lead_panel(found, tables)),
         Section("Scaling", panels.scaling_panel(grid, tables) if grid else []),
         Section("Learning", panels.curve_panels(tables, runs) if "metrics" in names else []),
         Section("Positions", panels.position_panel(tables, runs, by) if "positions" in names else []),
@@ -115,7 +111,7 @@ def _citations(tables: Tables, sections: list[Section]) -> list[tuple[str, str]]
     """Title and shell commands that give the rows behind every figure and table."""
     cited = [(panel.title, panel.query) for section in sections for panel in section.panels]
     cited += [("Table of runs", "select * from runs order by run")] if "runs" in tables.names else []
-    cited += [("Final measurements", queries.FINAL)] if "metrics" in tables.names else []
+    cited += [("Final measurements", FINAL)] if "metrics" in tables.names else []
     return [(title, "\n\n".join(_command(part) for part in query.split(";\n\n"))) for title, query in cited]
 
 

@@ -12,7 +12,7 @@ from elegans.figures.catalogue import Catalogue, Tables
 from elegans.figures.curves import MANY, UNITS, curves, series, timeline
 from elegans.figures.effects import Lead
 from elegans.figures.maps import position_map, probe_map
-from elegans.figures.scaling import NAMES, Scaled, scaled, scaling
+from elegans.figures.scaling import NAMES, Scaled, scaling
 from elegans.report.words import the
 
 MOST_FIELDS = 6  # to colour curves by
@@ -165,21 +165,15 @@ def timeline_panel(tables: Tables, runs: Catalogue, by: str | None) -> list[Pane
     )
 
 
-def grid_of(tables: Tables) -> list[Scaled]:
-    """The tasks of the table `scaling`."""
-    fits = queries.SCALING_FIT if "scaling_fit" in tables.names else "select '' as task, '' as quantity where false"
-    return scaled(tables.ask(queries.SCALING), tables.ask(fits))
-
-
 def scaling_panel(found: list[Scaled], tables: Tables) -> list[Panel]:
     """The best of a grid against training FLOPs."""
     query = ";\n\n".join([queries.SCALING] + [queries.SCALING_FIT] * ("scaling_fit" in tables.names))
     return [Panel("The best of the grid at every budget", query, [(name, scaling(found, value)) for value, name in NAMES.items()])]
 
 
-def lead_panel(found: list[Lead]) -> list[Panel]:
+def lead_panel(found: list[Lead], tables: Tables) -> list[Panel]:
     """The forest plot."""
-    query = f"{queries.LEAD};\n\n{queries.TRANSITION}"
+    query = ";\n\n".join([queries.LEAD] + [queries.TRANSITION] * ("transition" in tables.names))
     return [Panel("Does the feature come before the loss?", query, [("", effects.lead_forest(found))])] if found else []
 
 

@@ -18,7 +18,7 @@ VERDICTS = {
     "no lead": "no lead",
     "undecided": "undecided: the interval leaves the order open",
 }
-KINDS = {"random": "random directions", "matched": "random steps of equal length", "labels": "directions fitted to shuffled labels"}
+KINDS = {"random": "random directions", "matched": "random steps of equal length", "labels": "directions fitted to random labels"}
 QUIETNESS = ("quiet", "loud", "undecided")
 MANY_GROUPS = {
     "leads": "{} comes before the loss",
@@ -57,19 +57,26 @@ def the(feature: str) -> str:
 
 def _scaling_sentence(task: Scaled) -> str:
     """Where the best loss of a task falls."""
-    of, way, (_, low, high) = f"The best loss of {task.task.replace('_', ' ')}", "half-way from plateau to floor", task.half
-    first, last = float(task.flops.min()), float(task.flops.max())
+    of, way, (value, low, high) = f"The best loss of {task.task.replace('_', ' ')}", "half-way from plateau to floor", task.half
+    first, last = (f"{flops:.2g}" for flops in (task.flops.min(), task.flops.max()))
+    early = "" if low is not None else f"; some draws of its seeds are past it at {first}"
+    late = "" if high is not None else f"; some draws of its seeds do not pass within {last}"
     if task.floor is None or task.plateau is None:
         said = f"{of} cannot be placed between plateau and floor, which are not known."
-    elif low is not None and high is not None:
-        said = f"{of} passes {way} between {low:.2g} and {high:.2g} training FLOPs."
-    elif low is not None:
-        said = f"{of} passes {way} beyond {low:.2g} training FLOPs; some draws of its seeds do not pass within {last:.2g}."
+    elif value is not None:
+        said = f"{of} passes {way} {_budgets(value, low, high)} training FLOPs{early}{late}."
     elif task.values["loss"][0][-1] > (task.floor + task.plateau) / 2:
-        said = f"{of} is not {way} at {last:.2g} training FLOPs, the most that was run."
+        said = f"{of} is not {way} at {last} training FLOPs, the most that was run."
     else:
-        said = f"{of} is past {way} at {first:.2g} training FLOPs, the least that was run."
+        said = f"{of} is past {way} at {first} training FLOPs, the least that was run."
     return said.replace("e+", "e")
+
+
+def _budgets(value: float, low: float | None, high: float | None) -> str:
+    """Where in training FLOPs a crossing lies, as far as its bounds are known."""
+    if low is not None and high is not None:
+        return f"between {low:.2g} and {high:.2g}"
+    return f"beyond {low:.2g}" if low is not None else f"at {high:.2g} or fewer" if high is not None else f"near {value:.2g}"
 
 
 # ---- lead

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -83,9 +83,13 @@ def is_seed(name: str) -> bool:
     return name.split(".")[-1] in SEEDS
 
 
-def tells(name: str, values: Iterable[Any]) -> bool:
-    """Whether a dotted field tells runs with these values apart. What a parent is like tells only runs that have one."""
-    return len({str(v) for v in values if v is not None or not name.startswith("after.")}) > 1
+def differing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The dotted fields that tell runs apart, in their order, seeds included; of each run what `specs.flat` gives.
+
+    What a parent is like tells only runs that have one; what is recorded tells none.
+    """
+    names = dict.fromkeys(name for fields in runs for name in fields if "record" not in name.split("."))
+    return [name for name in names if len({str(f.get(name)) for f in runs if f.get(name) is not None or not name.startswith("after.")}) > 1]
 
 
 @spec
