@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from elegans.instruments.crossings import bracket, change_point, crossing, interval, lead_of, loudness, spanning
+from elegans.instruments.crossings import bracket, change_point, crossing, interval, lead_of, loudness, median, spanning
 
 STEPS = [0, *(10 ** (k / 5) for k in range(21))]
 
@@ -90,3 +91,17 @@ def test_a_lead_lies_between_the_extremes_of_its_brackets() -> None:
 )
 def test_loudness(low, high, said) -> None:
     assert loudness(low, high, 0.1) == said
+
+
+@pytest.mark.parametrize("n", [6, 9, 10, 20, 64])
+def test_a_median_s_interval_is_the_narrowest_pair_of_order_statistics_that_covers(n):
+    """Values 0 .. n-1: the ends say which order statistics they are, and fair coins how often these hold the median."""
+    middle, low, high = median(range(n), 0.95)
+    assert middle == (n - 1) / 2 and low + high == n - 1
+    assert 1 - 2 * stats.binom.cdf(low, n, 0.5) >= 0.95 > 1 - 2 * stats.binom.cdf(low + 1, n, 0.5)
+
+
+def test_a_median_counts_what_never_came_as_late():
+    assert median([1, 2, 3, math.inf, math.inf], 0.95) == (3, None, None)
+    assert median([5, math.inf, 1, 2, 3, 4, math.inf, 6], 0.95) == (4.5, 1, math.inf)
+    assert median([1, math.inf], 0.95)[0] == math.inf

@@ -33,6 +33,7 @@ from elegans.figures.lines import (
     natural,
     panels,
     require,
+    share_of,
     summary,
 )
 from elegans.instruments.crossings import Bracket, spanning
@@ -87,7 +88,7 @@ def arms(store: Store) -> Drawn:
     final = lines(store, "metrics", "max(exact_match)", "split = 'test'")
     course = exact_match(store)
     figure, axes = panels(2, 0.7 + 0.17 * len(final), sharey=True)
-    draw_strips(axes[0], {label: [v for v in each.values[:, -1] if np.isfinite(v)] for label, each in final.items()}, "exact match, test")
+    draw_strips(axes[0], {label: each.last for label, each in final.items()}, "exact match, test")
     axes[0].set_xlim(-0.03, 1.03)
     draw_times(axes[1], {label: course[label] for label in final}, moment(store)[1])
     return figure, summary(test_exact_match=final, exact_match=course)
@@ -117,14 +118,15 @@ def table(published: Mapping[str, Mapping[int, float]]) -> Draw:
         for (i, row), (j, n) in itertools.product(enumerate(published), enumerate(columns)):
             theirs[i, j] = published[row].get(n, np.nan)
             if cell := found.get(f"{row} @ {n}"):
-                values[i, j] = cell.mean[-1]
-                half = "" if np.isnan(cell.half[-1]) else f"±{cell.half[-1]:.2f}, "
-                texts[i, j] = f"{values[i, j]:.2f}\n{half}n {len(cell.runs)}"
+                values[i, j], low, high = share_of(cell.last)
+                texts[i, j] = f"{values[i, j]:.2f}\n" + (f"{len(cell.runs)} seeds" if low is None else f"{low:.2f}–{high:.2f}")
+        seeds = {f"{len(cell.runs)}" for cell in found.values()}
+        titles = f"measured, 95 % interval, {' or '.join(sorted(seeds, key=natural))} seeds", "published"
         rows = list(published)
         figure, axes = panels(2, 0.6 + 0.3 * len(rows), sharey=True)
         draw_table(axes[0], values, rows, columns, texts)
         draw_table(axes[1], theirs, rows, columns)
-        for each, title in zip(axes, ("measured, ± 95 % interval, n seeds", "published"), strict=True):
+        for each, title in zip(axes, titles, strict=True):
             each.set_title(title)
             each.set_xlabel("inputs of the longest row")
         return figure, summary(test_exact_match=found)
@@ -309,5 +311,5 @@ where {COUNTED} and r.task = 'polynomial' and "task.cot" and "model.layers" = 2 
     for axis, ticks in ((axes[0].xaxis, widths), (axes[1].xaxis, lengths), (axes[1].yaxis, [d.min() / 2, *widths, 2 * d.max()])):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes[1].set_title(f"exponent {best.b:.2f} [{low:.2f}, {high:.2f}]")
+    axes[1].set_title(f"exponent {best.b:.2f} {low:.2f}–{high:.2f}")
     return figure, pa.Table.from_pylist([{"c": best.c, "b": best.b, "b_low": float(low), "b_high": float(high), "k": best.k}])

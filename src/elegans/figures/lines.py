@@ -6,6 +6,7 @@ Intervals of shares are cut at 0 and 1 where they are drawn, and nowhere else.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,13 +24,14 @@ from elegans.errors import StoreError
 from elegans.figures import style
 from elegans.figures.effects import jitter
 from elegans.figures.paper import LOOK, WIDTH, diamond, name_rows, save
-from elegans.instruments.crossings import Bracket, bracket, interval
+from elegans.instruments.crossings import SHARE, Bracket, bracket, interval, median
 from elegans.store import Store
 
 CONFIDENCE, LEARNED = 0.95, 0.9  # coverage; exact match that counts as learned
 ENDS = ("mean", "low", "high")
 Drawn = tuple[Figure, pa.Table]
 Draw = Callable[[Store], Drawn]
+Middle = Callable[[Sequence[float]], tuple[float, float | None, float | None]]  # with the ends of its interval
 Drawing = Callable[[Store, Path], list[Path]]  # draws a store into a folder, and says which files
 
 
@@ -70,6 +72,11 @@ class Lines:
         """Half the width of the interval; NaN for fewer than three runs."""
         found = [interval(each[np.isfinite(each)], CONFIDENCE) for each in self.values.T]
         return np.array([np.nan if high is None else high - mean for mean, _, high in found])
+
+    @property
+    def last(self) -> list[float]:
+        """What was recorded at the last moment."""
+        return [float(value) for value in self.values[:, -1] if np.isfinite(value)]
 
     def first(self, level: float) -> list[float | None]:
         """The first recorded moment at which each run is at a level or above."""
@@ -165,22 +172,42 @@ def draw_lines(
     axes.set_ylabel(ylabel)
 
 
-def draw_strips(axes: Axes, found: Mapping[str, Sequence[float]], xlabel: str, notes: Mapping[str, str] | None = None) -> None:
-    """A row for each label: its runs as points, their mean as a diamond with whiskers."""
+def share_of(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean and interval of what is between 0 and 1."""
+    return interval(values, CONFIDENCE, within=SHARE)
+
+
+def draw_strips(
+    axes: Axes, found: Mapping[str, Sequence[float]], xlabel: str, notes: Mapping[str, str] | None = None, middle: Middle = share_of
+) -> None:
+    """A row for each label: its runs as points, their middle (a share's mean) as a diamond with whiskers."""
     for place, (label, each) in enumerate(found.items()):
-        if each:
-            axes.plot(each, place + jitter(len(each), 0.24), ".", color=style.GREY, alpha=0.6, markersize=4, markeredgewidth=0)
-            diamond(axes, *interval(each, CONFIDENCE), place, style.BLUE)
+        if there := [value for value in each if math.isfinite(value)]:
+            axes.plot(there, place + jitter(len(there), 0.24), ".", color=style.GREY, alpha=0.6, markersize=4, markeredgewidth=0)
+            _whiskers(axes, *middle(each), place)
         axes.text(1.02, place, (notes or {}).get(label, ""), transform=axes.get_yaxis_transform(), va="center", fontsize=6)
     name_rows(axes, list(found))
     axes.set_xlabel(xlabel)
 
 
+def _whiskers(axes: Axes, middle: float, low: float | None, high: float | None, place: float) -> None:
+    """A diamond; an end that is infinite is an arrow from the largest that is not, and so is a middle."""
+    if high is None or math.isfinite(high):
+        return diamond(axes, middle, low, high, place, style.BLUE)
+    if math.isfinite(middle):
+        diamond(axes, middle, low, middle, place, style.BLUE)
+    start = middle if math.isfinite(middle) else low
+    if start is not None and math.isfinite(start):
+        arrow = {"arrowstyle": "->", "color": style.BLUE, "linewidth": 1.2}
+        axes.annotate("", (1.0, place), (start, place), axes.get_yaxis_transform(), axes.transData, arrowprops=arrow)
+    return None
+
+
 def draw_times(axes: Axes, found: Mapping[str, Lines], unit: str) -> None:
-    """When runs first had the exact match that counts as learned, and how many did."""
-    times = {label: each.first(LEARNED) for label, each in found.items()}
-    reached = {label: [t for t in each if t is not None] for label, each in times.items()}
-    draw_strips(axes, reached, f"first {unit} of exact match {LEARNED:g}", {k: f"{len(v)}/{len(times[k])}" for k, v in reached.items()})
+    """When runs first had the exact match that counts as learned: medians, those that never had it later than any; and how many had."""
+    times = {label: [math.inf if t is None else t for t in each.first(LEARNED)] for label, each in found.items()}
+    notes = {label: f"{sum(map(math.isfinite, each))}/{len(each)}" for label, each in times.items()}
+    draw_strips(axes, times, f"first {unit} of exact match {LEARNED:g}", notes, lambda each: median(each, CONFIDENCE))
 
 
 def draw_table(axes: Axes, values: Float[np.ndarray, "row column"], rows: Sequence[str], columns: Sequence[Any], texts: Any = None) -> None:

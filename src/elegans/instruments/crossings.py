@@ -72,6 +72,18 @@ def interval(
     return mean, max(mean - half, min(mean, within[0])), min(mean + half, max(mean, within[1]))
 
 
+def median(values: Sequence[float], confidence: float) -> tuple[float, float | None, float | None]:
+    """The median and its interval between two of the values, whatever their distribution; infinite values are late ones, not missing.
+
+    The order statistics that a sign test does not refuse (Conover 1999, "Practical Nonparametric Statistics", section 3.2): none
+    for fewer than six values at 95 %. The middle of an infinite and a finite value is infinite.
+    """
+    ordered = sorted(values)
+    below = int(stats.binom.ppf((1 - confidence) / 2, len(ordered), 0.5))  # values that may lie beyond either end
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return (middle, ordered[below - 1], ordered[-below]) if below > 0 else (middle, None, None)
+
+
 def spanning(brackets: Sequence[Bracket], confidence: float) -> tuple[float, float | None, float | None]:
     """Mean of the middles, and an interval of the mean over runs that are known to their brackets only.
 
