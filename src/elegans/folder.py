@@ -146,7 +146,7 @@ class Writer:
     process leaves the same files as one that was never stopped."""
 
     def __init__(self, cohort: Cohort, step: int):
-        self.cohort, self.step = cohort, step
+        self.cohort, self.step, self.resumed = cohort, step, step
         self.run, self.lines = cohort.first(), cohort.lines()
         self.stops = {stop for _, stop, _ in json.loads((cohort.path / "plan.json").read_text())["segments"]}
         self.rows: dict[str, list[dict[str, np.ndarray]]] = {table: [] for table in TABLES}
@@ -166,8 +166,8 @@ class Writer:
             write_arrays(self.cohort.path / f"weights-{event.step:010d}.safetensors", arrays, {"runs": json.dumps(event.runs)})
         elif isinstance(event, Checkpoint):
             self._checkpoint(event)
-        elif isinstance(event, Compiled) and self.step > 0 and event.fresh:
-            self._update_status(recompiled=True)
+        elif isinstance(event, Compiled) and event.fresh and event.step == self.resumed and event.step not in {0, *self.stops}:
+            self._update_status(recompiled=True)  # in the middle of a segment: what was trained of it was by another program
 
     def _checkpoint(self, event: Checkpoint) -> None:
         for table, parts in self.rows.items():
