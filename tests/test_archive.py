@@ -146,3 +146,8 @@ def test_a_store_without_weights_says_that_nothing_can_be_measured(trained, tmp_
     elegans("merge", tmp_path / "other", tmp_path / "a.tar.xz")
     refused = elegans("measure", "dynamics", tmp_path / "other")
     assert refused.status == 2 and "no weights of a finished run to measure" in refused.err
+    elegans("archive", trained / "store", tmp_path / "whole.tar.xz", "--weights")  # the remedy that it names
+    brought = elegans("merge", tmp_path / "other", tmp_path / "whole.tar.xz")
+    assert "0 new" in brought.out and "weights of 2 cohorts" in brought.err
+    assert files(tmp_path / "other", weights=True) == files(trained / "store", weights=True)
+    assert not elegans("merge", tmp_path / "other", tmp_path / "whole.tar.xz").err

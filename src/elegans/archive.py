@@ -16,7 +16,7 @@ from pathlib import Path
 
 from elegans.errors import StoreError
 from elegans.files import file_digest, replacing
-from elegans.folder import TABLES
+from elegans.folder import TABLES, Cohort
 from elegans.instruments.base import settings_of
 from elegans.store import FORMAT, Store
 
@@ -55,12 +55,12 @@ def _files(store: Store, cohorts: list[str], weights: bool) -> Iterator[Path]:
 def merge(store: Store, files: list[Path], note: Callable[[str], None]) -> int:
     """Add the cohorts of archives to a store; return how many were new. Those that it has already are left alone.
 
-    An unfinished cohort of the store gives way to the archive's finished one. A run may come in several cohorts, of stores that were
-    planned differently: it counts once. Raises `StoreError` for a file that is no archive, and where a cohort was trained twice with
-    different results; nothing of that archive is added then.
+    Weights that such a cohort lacks come in, since its results are the same. An unfinished cohort of the store gives way to the archive's
+    finished one. A run may come in several cohorts, of stores that were planned differently: it counts once. Raises `StoreError` for a
+    file that is no archive, and where a cohort was trained twice with different results; nothing of that archive is added then.
 
     An instrument's rows come in only where they were measured with settings of rows that the store has of it (or it has none), since
-    a table does not tell them apart. What is left out, `note` is told in one line an archive.
+    a table does not tell them apart. What is left out, and weights that came to a cohort without, `note` is told in a line.
     """
     return sum(_merge(store, file, note) for file in files)
 
@@ -81,6 +81,8 @@ def _merge(store: Store, file: Path, note: Callable[[str], None]) -> int:
             if cohort.id in have and _results(cohort.path) != _results(have[cohort.id].path):
                 raise StoreError(f"{file}: cohort {cohort.id} is in {store.path} with other results; keep them in two stores")
         new = [c for c in came if c.id not in have]
+        if completed := sum(_add_weights(cohort, have[cohort.id]) for cohort in came if cohort.id in have):
+            note(f"{file}: weights of {completed} cohorts that {store.path} had without come in")
         store.remove([c for c in store.cohorts() if c.id in {n.id for n in new}])
         for cohort in new:
             shutil.move(cohort.path, store.path / "cohorts" / cohort.id)
@@ -90,6 +92,14 @@ def _merge(store: Store, file: Path, note: Callable[[str], None]) -> int:
         if (folder / "study.json").exists() and not (store.path / "study.json").exists():
             shutil.move(folder / "study.json", store.path / "study.json")
     return len(new)
+
+
+def _add_weights(came: Cohort, cohort: Cohort) -> bool:
+    """Move into a cohort of the store the weights that it lacks; whether there were any."""
+    missing = [path for pattern in WEIGHTS for path in came.path.glob(pattern) if not (cohort.path / path.name).exists()]
+    for path in missing:
+        shutil.move(path, cohort.path / path.name)
+    return bool(missing)
 
 
 def _add_rows(store: Store, folder: Path) -> list[str]:
