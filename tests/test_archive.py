@@ -6,6 +6,7 @@ import tarfile
 import pyarrow.parquet as pq
 import pytest
 
+from elegans.errors import StoreError
 from elegans.files import write_table
 from elegans.loading import load_study
 from elegans.store import Store
@@ -120,7 +121,15 @@ def test_minutes_end_training_at_a_checkpoint(trained, tmp_path):
     first = elegans("run", trained / "archived_study.py", "--store", tmp_path / "s", "--minutes", "0")
     assert first.status == 0 and not any(c.status()["finished"] for c in Store(tmp_path / "s").cohorts())
     stages = []
-    run_study(load_study(str(trained / "archived_study.py")), tmp_path / "s", lambda stage, _: stages.append(stage))
+
+    def listener(stage, _):
+        stages.append(stage)
+        if stage != "plan":  # until the report is written this process alone writes; anybody may read
+            with pytest.raises(StoreError, match="another process"), Store(tmp_path / "s").lock():
+                pass
+            assert Store(tmp_path / "s").runs().num_rows == 4
+
+    run_study(load_study(str(trained / "archived_study.py")), tmp_path / "s", listener)
     order = [stage for stage in stages if stage in ("cohort", "measure", "report")]
     assert order == ["cohort", "measure", "cohort", "measure", "report"]  # what has ended has its rows, however short the time
     kept = {k: v for k, v in files(trained / "store", True).items() if k.name not in ("timings.jsonl", "provenance.json")}
