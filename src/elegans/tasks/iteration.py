@@ -70,7 +70,9 @@ class IterativeTask(Task):
 
     def inputs(self, key: jax.Array) -> Int[Array, " length"]:
         """Independent inputs, uniform in low .. size-1."""
-        return random_bits(key, self.length)
+        if (self.low, self.size) == (0, 2):
+            return random_bits(key, self.length)
+        return jax.random.randint(key, (self.length,), self.low, self.size)
 
     # ---- rows
 
@@ -315,9 +317,6 @@ class Polynomial(IterativeTask):
     @property
     def size(self) -> int:
         return self.modulus
-
-    def inputs(self, key: jax.Array) -> Int[Array, " length"]:
-        return jax.random.randint(key, (self.length,), self.low, self.modulus)
 
     def update(self, state: Any, x: Any) -> Any:
         return (state * x + 1) % self.modulus
