@@ -11,7 +11,7 @@
         metrics.parquet, positions.parquet  the same, merged, once the cohort is finished
         weights-<step>.safetensors       recorded parameters, stacked over replicas
         state-<step>.safetensors         parameters and optimiser: to resume from, and the final ones
-      parts-<step>.json                digests of the rows that go with a state, until the cohort is finished
+        parts-<step>.json                digests of the rows that go with a state, until the cohort is finished
         status.json                      step, finished, diverged runs, whether it was recompiled
         timings.jsonl                    wall-clock, apart from everything reproducible
       rows/<instrument>/<cohort>.parquet what instruments measured
