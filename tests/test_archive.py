@@ -1,15 +1,22 @@
 """Finished cohorts leave a store as a file and come back bit for bit."""
 
+import contextlib
+import math
 import shutil
 import tarfile
+from pathlib import Path
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
 
+from elegans import study
+from elegans.errors import StoreError
 from elegans.files import write_table
 from elegans.loading import load_study
 from elegans.store import Store
 from elegans.study import run_study
+from elegans.training.train import Checkpoint
 from running import elegans
 
 STUDY = """
@@ -120,11 +127,74 @@ def test_minutes_end_training_at_a_checkpoint(trained, tmp_path):
     first = elegans("run", trained / "archived_study.py", "--store", tmp_path / "s", "--minutes", "0")
     assert first.status == 0 and not any(c.status()["finished"] for c in Store(tmp_path / "s").cohorts())
     stages = []
-    run_study(load_study(str(trained / "archived_study.py")), tmp_path / "s", lambda stage, _: stages.append(stage))
+
+    def listener(stage, _):
+        stages.append(stage)
+        if stage != "plan":  # until the report is written this process alone writes; anybody may read
+            with pytest.raises(StoreError, match="another process"), Store(tmp_path / "s").lock():
+                pass
+            assert Store(tmp_path / "s").runs().num_rows == 4
+
+    run_study(load_study(str(trained / "archived_study.py")), tmp_path / "s", listener)
     order = [stage for stage in stages if stage in ("cohort", "measure", "report")]
     assert order == ["cohort", "measure", "cohort", "measure", "report"]  # what has ended has its rows, however short the time
     kept = {k: v for k, v in files(trained / "store", True).items() if k.name not in ("timings.jsonl", "provenance.json")}
     assert {k: v for k, v in files(tmp_path / "s", True).items() if k in kept} == kept
+
+
+def train_until(runs, store, step=None):
+    """Train runs up to a checkpoint, where the machine's time ends, or to the end; return the step that they went on from."""
+    began = []
+
+    def listener(stage, detail):
+        if stage == "cohort":
+            began.append(detail[2])
+        if stage == "event" and isinstance(detail, Checkpoint) and detail.step == step:
+            raise KeyboardInterrupt
+
+    written = mock.patch.object(study, "CHECKPOINT_SHARE", math.inf)  # every checkpoint is
+    with written, pytest.raises(KeyboardInterrupt) if step else contextlib.nullcontext():
+        study.train(runs, store, listener=listener)
+    return began[0]
+
+
+def test_an_unfinished_cohort_goes_on_in_another_store_to_the_same_bits(trained, tmp_path):
+    runs, here, other = load_study(str(trained / "archived_study.py")).runs[:2], tmp_path / "here", tmp_path / "other"
+    for step in (1, 3):
+        train_until(runs, here, step)
+        assert "1 cohorts" in elegans("archive", here, tmp_path / f"{step}.tar.xz", "--unfinished").out
+    refused = elegans("archive", here, tmp_path / "none.tar.xz")
+    assert refused.status == 2 and "no finished cohort" in refused.err and not (tmp_path / "none.tar.xz").exists()
+    with tarfile.open(tmp_path / "3.tar.xz") as tar:
+        names = [Path(name).name for name in tar.getnames()]
+    assert [n for n in names if n.startswith("state-")] == ["state-0000000003.safetensors"]
+    assert len(list(here.glob("cohorts/*/state-*"))) == 2  # that before it is there for the case of damage, and stays behind
+
+    for step in (1, 3):  # what is further on takes the place of what is there
+        assert "1 new cohorts" in elegans("merge", other, tmp_path / f"{step}.tar.xz").out
+    before = files(other, True)
+    late = elegans("merge", other, tmp_path / "1.tar.xz")
+    assert "0 new" in late.out and "at step 1 is left out" in late.err and "has it at step 3" in late.err
+    assert not elegans("merge", other, tmp_path / "3.tar.xz").err and files(other, True) == before
+
+    assert train_until(runs, here) == train_until(runs, other) == 3
+    (cohort,) = Store(other).cohorts()
+    assert cohort.status()["finished"] and cohort.id in {c.id for c in Store(trained / "store").cohorts()}
+    apart = ("timings.jsonl", "provenance.json", "status.json")  # the status says that a program was built anew
+    never, here, there = (
+        {k: v for k, v in files(store, True).items() if cohort.id in k.parts and k.name not in apart}
+        for store in (trained / "store", here, other)
+    )
+    assert never == here == there and any(k.name.startswith("weights-") for k in there)
+    kept = elegans("merge", other, tmp_path / "3.tar.xz")
+    assert "0 new" in kept.out and "has it at step 4" in kept.err and files(other, True).items() >= there.items()
+
+
+def test_a_store_in_training_does_not_give_away_what_is_unfinished(trained, tmp_path):
+    with Store(trained / "store").lock():
+        assert elegans("archive", trained / "store", tmp_path / "a.tar.xz").status == 0
+        refused = elegans("archive", trained / "store", tmp_path / "b.tar.xz", "--unfinished")
+    assert refused.status == 2 and "another process" in refused.err and not (tmp_path / "b.tar.xz").exists()
 
 
 def test_a_run_that_came_in_two_cohorts_counts_once(trained, tmp_path):
@@ -146,3 +216,8 @@ def test_a_store_without_weights_says_that_nothing_can_be_measured(trained, tmp_
     elegans("merge", tmp_path / "other", tmp_path / "a.tar.xz")
     refused = elegans("measure", "dynamics", tmp_path / "other")
     assert refused.status == 2 and "no weights of a finished run to measure" in refused.err
+    elegans("archive", trained / "store", tmp_path / "whole.tar.xz", "--weights")  # the remedy that it names
+    brought = elegans("merge", tmp_path / "other", tmp_path / "whole.tar.xz")
+    assert "0 new" in brought.out and "weights of 2 cohorts" in brought.err
+    assert files(tmp_path / "other", weights=True) == files(trained / "store", weights=True)
+    assert not elegans("merge", tmp_path / "other", tmp_path / "whole.tar.xz").err

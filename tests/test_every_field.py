@@ -27,7 +27,7 @@ from elegans import (
     Spec,
 )
 from elegans.folder import Cohort
-from elegans.specs import _KINDS, fill, is_abstract, leaves
+from elegans.specs import _KINDS, fill, is_abstract
 from elegans.study import _parent
 from elegans.tasks.sampling import prepare
 from elegans.training import ahead, train
@@ -36,7 +36,7 @@ from elegans.training.planner import plan
 from elegans.training.step import State, advance, draw_batch, draw_data, start
 from elegans.types import Example
 from field_cases import APART, BASE, CASES, LISTED, based
-from helpers import as_arrays
+from helpers import as_arrays, leaves
 
 for found in pkgutil.walk_packages(elegans.__path__, "elegans."):
     importlib.import_module(found.name)

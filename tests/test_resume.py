@@ -6,9 +6,17 @@ import shutil
 import sys
 import warnings
 
+import jax
+import numpy as np
 import pytest
 
+import elegans as el
 from elegans.sources import NUMERICS
+from elegans.store import Store
+from elegans.training import planner
+from elegans.training.cohort import Programs
+from elegans.training.device import choose
+from elegans.training.train import Checkpoint, Compiled
 from running import elegans
 
 STUDY = """
@@ -54,10 +62,8 @@ def forget():
 
 def unfinish(store):
     """Make a finished store look as if it had been stopped after its last checkpoint but one."""
-    from elegans.store import Store
     from elegans.training.ahead import Ahead
-    from elegans.training.device import choose
-    from elegans.training.train import Checkpoint, train_cohort
+    from elegans.training.train import train_cohort
 
     cohort = Store(store).cohorts()[0]
     plan = cohort.plan()
@@ -99,6 +105,28 @@ def test_more_runs_form_a_new_cohort(copy):
     assert elegans("run", copy / "scaled_study.py", "seed=0..2", "--store", copy / "store").status == 0
     rows = json.loads(elegans("sql", copy / "store", "select cohort, count(*) as n from runs group by cohort", "--json").out)
     assert sorted(row["n"] for row in rows) == [1, 2]
+
+
+def test_only_a_program_rebuilt_amid_what_it_trains_counts_as_recompiled(tmp_path):
+    """A cohort that shrinks has a fresh program then, and so has one that goes on from there: no other trained that part."""
+    run = el.Run(el.Addition(length=3), el.Transformer(layers=1, d_model=4, heads=1), steps=100_000)
+    made = planner.plan([el.replace(run, "seed", i) for i in range(3)] + [el.replace(run, "steps", 10**6)], 2**30)
+    assert len(made) == 1 and len(made[0].segments) == 2
+    cohort = Store.create(tmp_path / "store").add(made[0], {})
+    first, last = made[0].segments
+    nothing = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), Programs(made[0].runs, choose()).states_like)
+
+    def recompiled(step, *events):
+        writer = cohort.writer(step)
+        for event in events:
+            writer.write(event)
+        return cohort.status()["recompiled"]
+
+    assert not recompiled(0, Compiled(0, first.size, 1, 0, True), Checkpoint(first.stop, nothing), Compiled(first.stop, 1, 1, 0, True))
+    assert not recompiled(first.stop, Compiled(first.stop, last.size, 1, 0, True))
+    assert not recompiled(first.stop + 1, Compiled(first.stop + 1, last.size, 1, 0, False))
+    assert not recompiled(first.stop - 1, Compiled(first.stop, last.size, 1, 0, True))  # after a cached one of the first segment
+    assert recompiled(first.stop + 1, Compiled(first.stop + 1, last.size, 1, 0, True))
 
 
 def damage(path, how):
@@ -173,8 +201,6 @@ def test_numerics_version(copy):
 
 
 def test_a_store_in_use(copy):
-    from elegans.store import Store
-
     forget()
     with Store(copy / "store").lock():
         answer = elegans("run", copy / "scaled_study.py", "--store", copy / "store")

@@ -3,7 +3,6 @@
 import jax
 import pytest
 
-import elegans as el
 from elegans import (
     MLP,
     WSD,
@@ -25,8 +24,9 @@ from elegans import (
     spec,
     varies,
 )
-from elegans.specs import get, leaves, to_dict
+from elegans.specs import flat, get, to_dict
 from elegans.training.cohort import resolve
+from helpers import leaves
 
 FULL = Run(
     Parity(length=6, shortest=2),
@@ -110,7 +110,7 @@ def test_changing_structure_parts_cohorts(path) -> None:
 def test_every_field_is_either_a_leaf_or_listed_as_structure() -> None:
     lengths_and_words = {"examples", "epochs", "flops", "label", "update", "model", "optim", "record"}
     given = set(leaves(resolve(FULL))) | set(OTHERWISE) | lengths_and_words
-    assert set(el.fields(FULL)) - given == set()
+    assert set(flat(to_dict(FULL))) - given == set()
 
 
 def test_a_leaf_that_is_off_is_structure() -> None:

@@ -13,7 +13,7 @@ _HOME = {
     "models": "ALiBi Attention Component Context FeedForward FixedAttention GivenAttention LayerNorm Learned MLP Mixer Model Norm "
     "Positions RMSNorm Rotary Sinusoidal Sizes SwiGLU Transformer",
     "network": "Network load",
-    "specs": "Spec field fields grid identity note replace spec structure varies",
+    "specs": "Spec field grid identity note replace spec structure varies",
     "store": "Store",
     "study": "Study draw_study run_study train",
     "tasks": "ActivitySelection Addition BinaryCopy BitParity BreadthFirstSearch Curriculum DepthFirstSearch GraphTask InnerProduct "

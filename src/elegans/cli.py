@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -177,12 +178,17 @@ def archive(
     store: StoreArg,
     file: Annotated[Path, typer.Argument(metavar="FILE.tar.xz", help="Where to write it.")],
     weights: Annotated[bool, typer.Option("--weights", help="Also parameters, for instruments: large.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Also unfinished cohorts with their last checkpoint, to go on elsewhere: large.")
+    ] = False,
 ) -> None:
     """Write the finished cohorts of a store to one small file."""
     from elegans.archive import archive as write
     from elegans.store import Store
 
-    print(f"{write(Store(store), file, weights)} cohorts in {file}, {file.stat().st_size / 2**20:.1f} MiB")
+    opened = Store(store)
+    with opened.lock() if unfinished else contextlib.nullcontext():
+        print(f"{write(opened, file, weights, unfinished)} cohorts in {file}, {file.stat().st_size / 2**20:.1f} MiB")
 
 
 @app.command(epilog="Example: elegans merge runs/quiet_features piece1.tar.xz piece2.tar.xz")
@@ -190,7 +196,7 @@ def merge(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store, made if there is none.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE.tar.xz...", help="Archives.")],
 ) -> None:
-    """Add the cohorts of archives to a store."""
+    """Add the cohorts of archives to a store; of one that is in both, what is further on stays."""
     from elegans.archive import merge as add
     from elegans.errors import StoreError
     from elegans.store import Store

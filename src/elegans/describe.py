@@ -219,11 +219,11 @@ def measure_store(kind: str, folder: Path, overrides: Mapping[str, Sequence[Any]
 def export_run(store: Store, run: str, folder: Path) -> Path:
     """Write one run's final weights, spec and metrics as plain files into a folder; return it."""
     cohort, line = store.find(run)
-    ids, vectors = cohort.final()
-    if line["run"] not in ids:
-        raise Invalid("run", run, "unfinished: nothing final to export yet")
+    vectors = cohort.vectors(None)
+    if line["run"] not in vectors:
+        raise Invalid("run", run, "it has no final weights to export: unfinished, diverged, or of an archive made without --weights")
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = weights_to_arrays(cohort.first(), vectors[[ids.index(line["run"])]])
+    arrays = weights_to_arrays(cohort.first(), vectors[line["run"]][None])
     plain = {name.removeprefix(WEIGHTS): a[0] for name, a in arrays.items()}
     write_arrays(folder / "weights.safetensors", plain, {"run": line["run"]})
     write_json(folder / "spec.json", {k: line[k] for k in ("run", "label", "length", "parameters", "code", "spec")})

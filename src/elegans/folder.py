@@ -114,6 +114,15 @@ class Cohort:
 
     # ---- resuming
 
+    def stops(self) -> set[int]:
+        """The steps at which runs leave the cohort; the greatest is its end."""
+        return {stop for _, stop, _ in json.loads((self.path / "plan.json").read_text())["segments"]}
+
+    def passing(self) -> dict[int, Path]:
+        """States by step, in order, that are there to resume from alone: none of a run's end."""
+        stops = self.stops()
+        return {_step(p): p for p in sorted(self.path.glob("state-*.safetensors")) if _step(p) not in stops}
+
     def newest_state(self) -> tuple[int, dict[str, np.ndarray]] | None:
         """The newest undamaged checkpoint whose metrics are all there; warns of every one that is passed over."""
         for path in sorted(self.path.glob("state-*.safetensors"), reverse=True):
@@ -146,9 +155,9 @@ class Writer:
     process leaves the same files as one that was never stopped."""
 
     def __init__(self, cohort: Cohort, step: int):
-        self.cohort, self.step = cohort, step
+        self.cohort, self.step, self.resumed = cohort, step, step
         self.run, self.lines = cohort.first(), cohort.lines()
-        self.stops = {stop for _, stop, _ in json.loads((cohort.path / "plan.json").read_text())["segments"]}
+        self.stops = cohort.stops()
         self.rows: dict[str, list[dict[str, np.ndarray]]] = {table: [] for table in TABLES}
         for path in cohort.path.glob(".*.tmp"):
             path.unlink()
@@ -166,8 +175,8 @@ class Writer:
             write_arrays(self.cohort.path / f"weights-{event.step:010d}.safetensors", arrays, {"runs": json.dumps(event.runs)})
         elif isinstance(event, Checkpoint):
             self._checkpoint(event)
-        elif isinstance(event, Compiled) and self.step > 0 and event.fresh:
-            self._update_status(recompiled=True)
+        elif isinstance(event, Compiled) and event.fresh and event.step == self.resumed and event.step not in {0, *self.stops}:
+            self._update_status(recompiled=True)  # in the middle of a segment: what was trained of it was by another program
 
     def _checkpoint(self, event: Checkpoint) -> None:
         for table, parts in self.rows.items():
@@ -187,7 +196,7 @@ class Writer:
 
         Of the states to resume from, the newest two stay; those that hold the last state of some run all do.
         """
-        passing = [p for p in sorted(self.cohort.path.glob("state-*.safetensors")) if _step(p) not in self.stops]
+        passing = list(self.cohort.passing().values())
         finished = self.step == max(self.stops)
         for path in passing if finished else passing[:-2]:
             path.unlink()

@@ -93,10 +93,10 @@ def load(store: Store, run: str, step: int | None = None) -> Network:
     spec = cohort.specs()[line["slot"]]
     if step is not None and step not in cohort.weight_steps():
         raise Invalid("step", step, f"allowed: {', '.join(map(str, cohort.weight_steps())) or 'none was recorded'}")
-    ids, vectors = cohort.final() if step is None else cohort.weights(step)
-    if line["run"] not in ids:
+    vectors = cohort.vectors(step)
+    if line["run"] not in vectors:
         raise Invalid("run", run, "it has no weights there: unfinished, diverged or shorter")
-    params = jax.tree.map(jnp.asarray, params_of(resolve(spec), vectors[ids.index(line["run"])]))
+    params = jax.tree.map(jnp.asarray, params_of(resolve(spec), vectors[line["run"]]))
     return Network(spec, line["length"] if step is None else step, params)
 
 

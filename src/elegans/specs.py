@@ -384,14 +384,3 @@ def fill(template: str, value: Spec) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else value.kind if isinstance(value, Spec) else str(value)
-
-
-def leaves(value: Spec) -> dict[str, Any]:
-    """Dotted path to value of every leaf, in tree order."""
-    flat = jax.tree_util.tree_flatten_with_path(value)[0]
-    return {".".join(getattr(k, "name", str(getattr(k, "idx", k))) for k in path): leaf for path, leaf in flat}
-
-
-def fields(value: Spec) -> dict[str, Any]:
-    """Dotted path to plain value of every field that is on, nested specs opened: what tables and labels show."""
-    return flat(to_dict(value))

@@ -11,7 +11,7 @@
         metrics.parquet, positions.parquet  the same, merged, once the cohort is finished
         weights-<step>.safetensors       recorded parameters, stacked over replicas
         state-<step>.safetensors         parameters and optimiser: to resume from, and the final ones
-      parts-<step>.json                digests of the rows that go with a state, until the cohort is finished
+        parts-<step>.json                digests of the rows that go with a state, until the cohort is finished
         status.json                      step, finished, diverged runs, whether it was recompiled
         timings.jsonl                    wall-clock, apart from everything reproducible
       rows/<instrument>/<cohort>.parquet what instruments measured
@@ -83,7 +83,7 @@ class Store:
         return cls(path)
 
     def only(self, runs: Iterable[Run]) -> Store:
-        """The same store, showing of all tables the rows of these runs, under the labels that they have here.
+        """The same store, showing of lines and all tables those of these runs, under the labels that they have here.
 
         For a study that shares a store with others. Its cohorts are those that hold some of the runs.
         """
@@ -143,10 +143,12 @@ class Store:
         return {cohort: runs for cohort, runs in left.items() if runs}
 
     def lines(self) -> list[dict[str, Any]]:
-        """A line for every run: id, label, cohort, slot, steps, spec, code."""
+        """A line for every run that is shown: id, label, cohort, slot, steps, spec, code."""
         elsewhere = self._told_elsewhere()
         lines = [line | {"cohort": cohort.id} for cohort in self.cohorts() for line in cohort.lines()]
-        return [line for line in lines if line["run"] not in elsewhere.get(line["cohort"], ())]
+        lines = [line for line in lines if line["run"] not in elsewhere.get(line["cohort"], ())]
+        shown = self._shown
+        return lines if shown is None else [line | {"label": shown[line["run"]]} for line in lines if line["run"] in shown]
 
     def find(self, run: str) -> tuple[Cohort, dict[str, Any]]:
         """The cohort and line of a run, by its id or the start of it. Raises `StoreError`."""
@@ -178,11 +180,7 @@ class Store:
         rows = self._table(name)
         if self._shown is None or "run" not in rows.column_names:
             return rows
-        rows = rows.filter(pc.is_in(rows["run"], pa.array(list(self._shown), pa.string())))
-        if name != "runs":
-            return rows
-        labels = pa.array([self._shown[run] for run in rows["run"].to_pylist()], pa.string())
-        return rows.set_column(rows.column_names.index("label"), "label", labels)
+        return rows.filter(pc.is_in(rows["run"], pa.array(list(self._shown), pa.string())))
 
     def _table(self, name: str) -> pa.Table:
         if name == "runs":

@@ -106,7 +106,8 @@ def unique(runs: Sequence[Run]) -> list[Run]:
 def run_study(study: Study, path: str | Path, listener: Listener = silent, **options: Any) -> Path:
     """Train what is missing, measure it, write the report; return the report's path. Options are `train`'s.
 
-    A cohort is measured as soon as it has ended, so that what is finished when time is short has its rows.
+    A cohort is measured as soon as it has ended, so that what is finished when time is short has its rows. All the while no other
+    process may train into the store, measure it or merge; reading it is always possible.
     """
     if not study.runs:
         raise Invalid("runs", [], "a study needs at least one run")
@@ -118,16 +119,18 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
         for instrument in networks:  # what else is in the store may be nothing that these can measure
             measure(instrument, Store(path).only(study.runs), listener)
 
-    store = train(study.runs, path, listener=listener, ended=look, **options)
-    noted = store.path / "study.json"
-    before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}  # an answer written by hand stays
-    write_json(noted, before | {"name": study.name, "question": study.question})
-    look()  # what an earlier call had no time for
-    for other in study.instruments:
-        if other not in networks:
-            measure(other, store, listener)
-    listener("report", store.path)
-    return report.write(store)
+    def conclude(store: Store) -> None:
+        noted = store.path / "study.json"
+        before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}  # an answer written by hand stays
+        write_json(noted, before | {"name": study.name, "question": study.question})
+        look()  # what an earlier call had no time for
+        for other in study.instruments:
+            if other not in networks:
+                measure(other, store, listener)
+        listener("report", store.path)
+        report.write(store)
+
+    return train(study.runs, path, listener=listener, ended=look, last=conclude, **options).path / "report.html"
 
 
 def draw_study(study: Study, path: str | Path, folder: str | Path) -> list[Path]:
@@ -158,11 +161,13 @@ def train(
     minutes: float | None = None,
     listener: Listener = silent,
     ended: Callable[[], None] = lambda: None,
+    last: Callable[[Store], None] = lambda _: None,
 ) -> Store:
     """Train runs, and all that they go on from, into a store: finished ones are skipped, unfinished ones resume, `again` starts them anew.
 
-    `resume` insists that there is something to resume. `ended` is called whenever a cohort has ended.
-    After so many `minutes` training stops at a checkpoint. Raises `Invalid` or `StoreError` before anything is compiled or written.
+    `resume` insists that there is something to resume. `ended` is called whenever a cohort has ended, `last` with the store when
+    training stops; both while this process alone writes. After so many `minutes` training stops at a checkpoint. Raises `Invalid` or
+    `StoreError` before anything is compiled or written.
     """
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     work = prepare(runs, store, device=device, memory=memory, again=again, resume=resume)
@@ -172,13 +177,7 @@ def train(
         opened.remove(work.discarded)
         for planned in work.new:
             opened.add(planned, provenance(work.device, work.memory))
-        # parents first; then the longest, so that others compile meanwhile; the shortest where time is short, so that most finish
-        order = 1 if minutes is not None else -1
-        rates = rates_of(work.device.platform)
-        unfinished = sorted(
-            _unfinished(opened, work.runs),
-            key=lambda found: (depth(found[1].runs[0]), order * seconds(found[1].runs[0], found[1].segments, rates)),
-        )
+        unfinished = _unfinished(opened, work, minutes is not None)
         wanted = [(planned, s) for cohort, planned in unfinished for s in planned.segments if s.stop > cohort.status()["step"]]
         with Ahead(wanted, work.device) as ahead:
             for cohort, planned in unfinished:
@@ -186,6 +185,7 @@ def train(
                     _train(opened, cohort, planned, ahead, until, listener)
                     if cohort.status()["finished"]:
                         ended()
+        last(opened)
     return opened
 
 
@@ -287,11 +287,14 @@ def _parent(cohort: Cohort, run: Run, read: dict[Any, dict[str, np.ndarray]]) ->
     return found
 
 
-def _unfinished(store: Store, runs: Sequence[Run]) -> list[tuple[Cohort, CohortPlan]]:
+def _unfinished(store: Store, work: Work, hurried: bool) -> list[tuple[Cohort, CohortPlan]]:
+    """Parents first; then the longest, so that others compile meanwhile; the shortest where time is short, so that most finish."""
     for cohort in store.cohorts():
         if cohort.status()["finished"]:
             cohort.tidy()
-    return [(c, c.plan()) for c in _holding(store.path, runs) if not c.status()["finished"]]
+    left = [(c, c.plan()) for c in _holding(store.path, work.runs) if not c.status()["finished"]]
+    order, rates = 1 if hurried else -1, rates_of(work.device.platform)
+    return sorted(left, key=lambda found: (depth(found[1].runs[0]), order * seconds(found[1].runs[0], found[1].segments, rates)))
 
 
 def _train(store: Store, cohort: Cohort, planned: CohortPlan, ahead: Ahead, until: float, listener: Listener) -> None:

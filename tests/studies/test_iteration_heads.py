@@ -133,6 +133,9 @@ def test_runs_that_share_a_store_are_seen_alone_and_under_new_names(tiny) -> Non
     few = store.only(runs)
     assert few.sql("select run, label from runs order by label").to_pylist() == [{"run": r.id, "label": f"seed {r.seed}"} for r in runs]
     assert {row["run"] for row in few.sql("select distinct run from metrics").to_pylist()} == {run.id for run in runs}
+    assert {line["run"]: line["label"] for line in few.lines()} == {run.id: f"seed {run.seed}" for run in runs}
+    with pytest.raises(StoreError, match="no run"):
+        few.find(specs[0].id)
     assert not store.only([]).cohorts() and not store.only([]).has("metrics")
 
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import pytest
 from oracles_iteration import EOI, EOS, row
 from scipy.stats import chi2
 
-from elegans import BinaryCopy, Invalid, Parity, Polynomial, Split
+from elegans import BinaryCopy, Invalid, Parity, Polynomial, Split, spec
 from elegans.tasks.counting import plateau as counted_plateau
 from elegans.tasks.iteration import IterativeTask
 from elegans.tasks.sampling import draw_set, prepare
@@ -101,6 +101,35 @@ def test_ten_thousand_rows_are_those_of_plain_python(task) -> None:
 def test_the_rows_that_the_docstrings_draw() -> None:
     assert row("polynomial", [3, 10, 7, 2], 4).symbols == ["F", "3", "10", "7", "2", ":", "3", "9", "9", "8", "$"]
     assert row("binary_copy", [1, 0, 1, 1], 4, cot=False).symbols == ["C", "1", "0", "1", "1", ":", "1", "$", "$", "$", "$"]
+
+
+@spec
+class RunningMax(IterativeTask):
+    """The largest of inputs in 1 .. 4: a task of one's own that leaves the draw of inputs to its base."""
+
+    low: ClassVar[int] = 1
+
+    @property
+    def opening(self):
+        return "M"
+
+    @property
+    def size(self):
+        return 5
+
+    def update(self, state, x):
+        return np.maximum(state, x) if isinstance(x, np.ndarray) else jnp.maximum(state, x)
+
+
+def test_inputs_of_a_task_of_more_than_bits_are_uniform_from_low_on() -> None:
+    task = RunningMax(length=8)
+    rows = [[task.symbols[t] for t in tokens] for tokens in drawn(task, 1000).tokens]
+    counts = Counter(x for row in rows for x in inputs_of(row))
+    assert set(counts) == {1, 2, 3, 4} and chi2.sf(sum((n - 2000) ** 2 / 2000 for n in counts.values()), 3) > 1e-4
+    states = np.array([[int(s) for s in row[row.index(EOI) + 1 : row.index(EOS)]] for row in rows])
+    assert np.array_equal(states, np.maximum.accumulate([inputs_of(row) for row in rows], 1))
+    laws = np.stack([(states == s).mean(0) for s in range(5)], 1)
+    assert np.abs(laws - task.laws()).max() < 0.06
 
 
 # ---- by enumeration

@@ -30,11 +30,12 @@ from elegans import (
     train,
 )
 from elegans.loading import load_study
-from elegans.specs import from_dict, leaves, to_dict
+from elegans.specs import from_dict, to_dict
 from elegans.tasks.base import PARTS
 from elegans.tasks.sampling import draw_set, prepare, train_batch
 from elegans.training.cohort import group
 from elegans.types import Example
+from helpers import leaves
 from running import elegans
 
 COPY, PARITY, POLYNOMIAL = (

@@ -1,5 +1,6 @@
 """No content is ever in two parts, the parts have the sizes that were asked for, and only the split's key decides."""
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles_iteration import row as oracle_row
+from scipy.stats import binom
 
 from elegans import (
     Addition,
@@ -175,7 +177,7 @@ def test_without_the_option_all_lengths_are_cut_together_as_before() -> None:
     assert counted(task) == {1: [2, 0, 0], 2: [2, 1, 1], 3: [7, 0, 1], 4: [13, 2, 1], 5: [19, 6, 7]}
     assert [[row[part] for part in PARTS] for row in task.part_sizes()] == list(counted(task).values())
     assert "by" not in to_dict(Split()) and identity(task) == "af283ee0d979"
-    assert np.array_equal(prepare(task).table, task.split.table(62)) and task.train_share == 0.7
+    assert np.array_equal(prepare(task).table, task.split.table(62))
 
 
 def test_a_length_has_the_same_cut_whatever_the_others_are() -> None:
@@ -223,6 +225,28 @@ def test_fresh_rows_are_enough_where_short_lengths_are_seldom_for_training() -> 
     data = prepare(task)
     drawn = jax.jit(jax.vmap(lambda key: task.part(task.sample(key, ()), data.table)))(jax.random.split(jax.random.key(0), 4000))
     assert math.isclose(task.train_share, (1 / 2 + 2 / 4 + 6 / 8) / 3) and abs((drawn == 0).mean() - task.train_share) < 0.04
+
+
+LOPSIDED = Parity(length=8, shortest=1, split=Split(key=15))  # few rows of length 1 or 2 are for training
+
+
+@pytest.mark.parametrize("task", [LOPSIDED, Polynomial(length=3, shortest=1, modulus=4, split=Split(0.6, 0.2))])
+def test_the_training_share_is_that_of_rows_though_contents_are_cut_together(task) -> None:
+    """Counted: lengths are drawn equally often, and of a length every content."""
+    shares = [sizes[0] / sum(sizes) for sizes in counted(task).values()]
+    assert len(shares) == len(task.spans) and math.isclose(task.train_share, sum(shares) / len(shares))
+    assert task is not LOPSIDED or abs(task.train_share - 0.822) < 5e-4
+    enough = sampling.candidates(task, 64)
+    assert binom.cdf(63, enough, task.train_share) <= 1e-6 < binom.cdf(63, enough - 1, task.train_share)
+
+
+def test_in_a_mixture_the_training_share_is_of_the_cut_that_decides() -> None:
+    """Two tasks with lengths in common, cut as one: rows of the shorter one are for training as the joint table says."""
+    short = Parity(length=3, shortest=1, split=Split(0.7, 0.15))  # by itself its 14 contents would be cut otherwise
+    both = Mixture(tasks=(short, dataclasses.replace(short, length=6, cot=False)))
+    counts = counted(dataclasses.replace(short, length=6))
+    of = lambda most: sum(counts[n][0] / sum(counts[n]) for n in range(1, most + 1)) / most  # noqa: E731
+    assert math.isclose(both.train_share, min(of(3), of(6))) and short.train_share != of(3)
 
 
 def test_a_task_without_lengths_is_not_cut_by_them() -> None:

@@ -218,6 +218,17 @@ def test_a_child_past_its_first_checkpoint_does_not_need_its_parent(store, tmp_p
     assert {n: b for n, b in files(copy.path).items() if child.id in n} == {n: b for n, b in before.items() if child.id in n}
 
 
+def test_a_diverged_run_has_no_final_weights_to_load_or_export(store, tmp_path):
+    diverged = PARENTS[2].id
+    assert store.find(diverged)[0].status()["diverged"][diverged] > 0
+    with pytest.raises(Invalid, match="diverged"):
+        load(store, diverged)
+    assert load(store, diverged, 0).step == 0  # recorded before it diverged
+    refused = elegans("export", store.path, diverged, tmp_path / "out")
+    assert refused.status == 2 and "diverged" in refused.err and not (tmp_path / "out").exists()
+    assert elegans("export", store.path, PARENTS[0].id, tmp_path / "out").status == 0
+
+
 def stop_after_a_checkpoint(store, cohort):
     """Train a cohort anew, and end at a checkpoint half-way."""
 

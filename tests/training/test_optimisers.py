@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elegans import SGD, WSD, AdamW, Constant, Cosine, Linear, Lion, Optimizer, Schedule
-from elegans.training.optimisers import ravel, unravel
+from elegans import MLP, SGD, WSD, AdamW, Constant, Cosine, LayerNorm, Learned, Linear, Lion, Optimizer, Schedule, Transformer
+from elegans.training.optimisers import path_name, ravel, unravel
 
 STEPS = 20
 SHAPES = {"W": (3, 4), "b": (5,), "heads": (2, 3, 2)}  # tree order: by name; b is no matrix
@@ -128,6 +128,16 @@ def test_decay_spares_what_is_no_matrix() -> None:
     optim = AdamW(lr=0.1, weight_decay=0.5, decay="matrices")
     made = jax.jit(optim.update)(tree_of(0 * p), optim.init(jnp.ones(29), tree_of(p)), jnp.ones(29), jnp.int32(0), STEPS)
     assert np.allclose(made.params, np.where(IN_MATRIX, 1 - 0.05, 1))
+
+
+def test_of_a_transformer_with_biases_the_weights_named_w_decay() -> None:
+    """Biases of queries, keys and values have the axes [head, d_head], and are no matrices."""
+    model = Transformer(layers=1, d_model=4, heads=2, bias=True, norm=LayerNorm(), position=Learned(), mlp=MLP())
+    ones = jax.tree.map(lambda w: jnp.ones(w.shape), jax.eval_shape(lambda: model.init(jax.random.key(0), 5, 3)))
+    optim = AdamW(lr=0.1, weight_decay=0.5, decay="matrices")
+    made = optim.update(jax.tree.map(jnp.zeros_like, ones), optim.init(ravel(ones), ones), ravel(ones), jnp.int32(0), STEPS)
+    decayed = {path_name(path): bool((w < 1).all()) for path, w in jax.tree_util.tree_leaves_with_path(unravel(made.params, ones))}
+    assert decayed == {name: ".W_" in name for name in decayed} and {"blocks.0.attn.b_Q", "embed.W_E"} <= decayed.keys()
 
 
 def test_gradients_below_the_threshold_are_not_clipped() -> None:

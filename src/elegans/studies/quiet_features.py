@@ -16,7 +16,8 @@ seeds of one architecture train in one cohort, so that the grid is 280 programs.
 Of a store of the grid, too: `elegans measure probe STORE at=final`, then `elegans measure across_compute STORE`.
 `elegans draw STORE` draws the paper's figures from the store's rows: scaling, quiet and loud features, ablations.
 
-Cost: stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine.
+Cost: stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine, with
+--unfinished also those that were cut off.
 Expect, from the paper: the best loss leaves its plateau at 1e11 to 1e12 FLOPs for addition; 1e12 to 1e13 for breadth-first
 search, maximum subarray and activity selection; 1e13 to 1e14 for depth-first search; 1e15 to 1e16 for multiplication.
 

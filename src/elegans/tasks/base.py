@@ -178,9 +178,14 @@ class Task(Spec):
 
     # ---- splits, for the engine
 
-    @property
+    @cached_property
     def train_share(self) -> float | None:
         """The least share of drawn rows that are for training; None: there is no split, and all are."""
+        return self.share_of(self)
+
+    def share_of(self, task: Task) -> float | None:
+        """`train_share` of a task whose parts this one decides, see `judge`."""
+        del task
         return None if self.split is None else self.split.train
 
     def judge(self, tasks: tuple[Task, ...]) -> Task:

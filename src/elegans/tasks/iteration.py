@@ -70,7 +70,9 @@ class IterativeTask(Task):
 
     def inputs(self, key: jax.Array) -> Int[Array, " length"]:
         """Independent inputs, uniform in low .. size-1."""
-        return random_bits(key, self.length)
+        if (self.low, self.size) == (0, 2):
+            return random_bits(key, self.length)
+        return jax.random.randint(key, (self.length,), self.low, self.size)
 
     # ---- rows
 
@@ -169,12 +171,15 @@ class IterativeTask(Task):
         """Lengths, and the contents of each, that are few enough to be cut exactly."""
         return {n: self._kinds**n for n in self.spans if self._kinds**n < SMALL_SPACE}
 
-    @property
-    def train_share(self) -> float | None:
-        split, ranked = self.split, self._ranked
-        if split is None or split.by is None:
-            return super().train_share
-        return self._mean(lambda n: split.sizes(ranked[n])[0] / ranked[n] if n in ranked else split.train)
+    def share_of(self, task: Task) -> float | None:
+        """The mean over its lengths, of which a short one has few contents, and each of them in many rows."""
+        otherwise, table = super().share_of(task), self.split_table()
+        if otherwise is None or not len(table):
+            return otherwise
+        assert isinstance(task, IterativeTask)
+        cut = np.split(table, np.cumsum(list(self._ranked.values())))  # shorter rows first
+        shares = {n: float((own == 0).mean()) for n, own in zip(self._ranked, cut, strict=False)}
+        return task._mean(lambda n: shares.get(n, otherwise))
 
     def split_table(self) -> Any:
         if self.split is None or self.split.by is None:
@@ -312,9 +317,6 @@ class Polynomial(IterativeTask):
     @property
     def size(self) -> int:
         return self.modulus
-
-    def inputs(self, key: jax.Array) -> Int[Array, " length"]:
-        return jax.random.randint(key, (self.length,), self.low, self.modulus)
 
     def update(self, state: Any, x: Any) -> Any:
         return (state * x + 1) % self.modulus

@@ -88,10 +88,13 @@ class Several(Task):
     def positions(self) -> int:
         return self.tag + max(task.positions for task in self.tasks)
 
-    @property
+    @cached_property
+    def _shares(self) -> tuple[float | None, ...]:
+        return tuple(judge.share_of(task) for judge, task in zip(self._judges, self.parts, strict=True))
+
+    @cached_property
     def train_share(self) -> float | None:
-        shares = [task.train_share for task in self.parts]
-        return min((s for s in shares if s is not None), default=None)
+        return min((s for s in self._shares if s is not None), default=None)
 
     def prepare(self) -> Any:
         return tuple(task.prepare() for task in self.parts)
@@ -109,8 +112,7 @@ class Several(Task):
     def batch(self, keys: jax.Array, step: Any, progress: Any, data: Any) -> Example:
         """Fresh rows, before the split takes its share: what it leaves then has the chances asked for."""
         del step
-        shares = [task.train_share or 1.0 for task in self.parts]
-        chances = [c / s for c, s in zip(self.chances(progress), shares, strict=True)]
+        chances = [c / (s or 1.0) for c, s in zip(self.chances(progress), self._shares, strict=True)]
         return jax.vmap(lambda key: self._drawn(key, chances, lambda task, key, d: task.sample(key, d), data))(keys)
 
     def _drawn(self, key: jax.Array, chances: Chances, draw: Callable[[Task, jax.Array, Any], Example], data: Any) -> Example:

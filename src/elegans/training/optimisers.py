@@ -130,10 +130,11 @@ class Optimizer(Spec):
 
     @abc.abstractmethod
     def transform(self, lr: Scalar, matrices: Bool[np.ndarray, " parameter"]) -> optax.GradientTransformation:
-        """The update rule at a learning rate; `matrices` marks the parameters that belong to matrices."""
+        """The update rule at a learning rate; `matrices` marks the parameters of matrices: arrays of two axes or more but biases."""
 
     def _transform(self, lr: Scalar, like: Any) -> optax.GradientTransformation:
-        matrices = np.concatenate([np.full(w.size, w.ndim > 1) for w in jax.tree.leaves(like)])
+        named = [(path_name(path).split(".")[-1], w) for path, w in jax.tree_util.tree_leaves_with_path(like)]
+        matrices = np.concatenate([np.full(w.size, w.ndim > 1 and not name.startswith("b_")) for name, w in named])  # b_Q: [head, d_head]
         rule = self.transform(lr, matrices)
         return rule if self.clip is None else optax.chain(optax.clip_by_global_norm(self.clip), rule)
 
@@ -158,7 +159,7 @@ class AdamW(Optimizer):
     b1: float = field(0.9, "decay of the gradient's mean", ge=0, lt=1)
     b2: float = field(0.95, "decay of the gradient's second moment", ge=0, lt=1)
     eps: float = field(1e-8, "added to the root of the second moment", gt=0)
-    decay: Literal["all", "matrices"] = field("all", "which parameters decay")
+    decay: Literal["all", "matrices"] = field("all", "which parameters decay; matrices: no biases, no norms")
 
     def transform(self, lr: Scalar, matrices: Bool[np.ndarray, " parameter"]) -> optax.GradientTransformation:
         decaying = None if self.decay == "all" else matrices
