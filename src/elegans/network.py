@@ -70,7 +70,7 @@ class Network:
 
     def score(self, count: int = 512, part: str = "test", edit: Edit = no_edit) -> dict[str, float]:
         """Loss (nats per scored token), accuracy and exact match on examples of a part, under an edit."""
-        rows = self.examples(count, part)
+        rows = dataclasses.replace(self.examples(count, part), weights=None)  # these are the training loss's
         loss, metrics = scores(self.trace(rows.tokens[:, :-1], edit)[0], rows)
         return {"loss": float(loss), **{k: float(v) for k, v in metrics.items()}}
 

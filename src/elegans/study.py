@@ -32,7 +32,7 @@ from elegans.training.cohort import Programs, resolve
 from elegans.training.cost import flops_per_step, rates_of
 from elegans.training.device import choose, memory_budget, provenance
 from elegans.training.planner import CohortPlan, divide, plan, seconds
-from elegans.training.run import Run
+from elegans.training.run import Run, is_seed
 from elegans.training.train import Checkpoint, Compiled, Progress, train_cohort
 from elegans.training.transfer import depth, inherited, lineage
 
@@ -136,18 +136,29 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
 def draw_study(study: Study, path: str | Path, folder: str | Path) -> list[Path]:
     """Draw a study's figures from a store into a folder; return the files.
 
-    Of a store that several studies share only the study's own runs are drawn; where it has none of them, as after overrides, all are.
+    Of a store that several studies share only the study's own runs are drawn, with whatever seeds; where it has none of them, as after
+    other overrides, all are.
     Raises `Invalid` or `StoreError`, before anything is written, where nothing can be drawn.
     """
     store, folder = Store(path), Path(folder)
     if any(p.exists() and not p.is_dir() for p in (folder, *folder.parents)):
         raise Invalid("folder", str(folder), "allowed: a folder, there already or not")
-    there = {line["run"] for line in store.lines()}
-    own = [run for run in study.runs if run.id in there]
+    own = _drawn(study, store)
     files = (study.figures or save_paper_figures)(store.only(own) if own else store, folder)
     if not files:
         raise StoreError(f"{store.path}: no rows to draw; let runs end first")
     return files
+
+
+def _drawn(study: Study, store: Store) -> list[Run]:
+    """The runs of a store that are a study's but for their seeds, under its labels."""
+
+    def unseeded(spec: dict[str, Any]) -> str:
+        return json.dumps({k: v for k, v in specs.flat(spec).items() if not is_seed(k)}, sort_keys=True)
+
+    labels = {unseeded(specs.to_dict(run)): run.label for run in study.runs}
+    found = [(line["spec"], unseeded(line["spec"])) for line in store.lines()]
+    return [specs.from_dict(Run, spec | {"label": labels[like]}) for spec, like in found if like in labels]
 
 
 def train(

@@ -11,8 +11,10 @@ from elegans.instruments import Patch
 from elegans.instruments.patch import _whole_circuit
 from elegans.models.iterator import HEADS
 from elegans.models.transformer import Transformer
+from elegans.network import Network
+from elegans.tasks.sampling import draw_set, prepare
 from elegans.training import follow
-from iterating import NETWORKS, RUNS, held_out, measured, without
+from iterating import NETWORKS, RUNS, TASK, held_out, measured, without
 
 ROWS = 128
 FIND, FETCH = HEADS["iteration_1"], HEADS["iteration_2"]
@@ -183,3 +185,15 @@ def test_runs_whose_parents_differ_in_seeds_alone_are_partners():
 def test_without_a_partner_there_are_no_rows_of_it():
     networks = [("perfect", 1, NETWORKS["no fetch"]), ("perfect", 2, NETWORKS["perfect"])]
     assert set(measured(Patch(patterns=("iteration_2",), other="seed", examples=ROWS), networks)["source"]) == {"iteration_2"}
+
+
+def test_losses_of_held_out_rows_know_no_weights_of_training() -> None:
+    """Patched, or by `Network.score`: rows whose last state trains five times as hard are scored as any."""
+    weighted = dataclasses.replace(RUNS["no fetch"], task=dataclasses.replace(TASK, final_weight=5.0))
+    found = []
+    for run in (RUNS["no fetch"], weighted):
+        rows = draw_set(run.task, "test", jax.random.key(1), 32, prepare(run.task))
+        patched = Patch(patterns=("uniform",), examples=32).apply(run, NETWORKS["no fetch"], prepare(run.task), jax.random.key(2))
+        found.append((patched, Network(run, 2, NETWORKS["no fetch"]).score(32)))
+        assert (rows.weights is None) == (run is RUNS["no fetch"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, *found))

@@ -80,7 +80,7 @@ class Patch(ReplicaInstrument):
             last = {run: i for i, (run, _) in sorted(enumerate(networks), key=lambda n: n[1][1])}
             return [last[run] for run, _ in networks]
         alike: dict[tuple[int, str], list[int]] = {}
-        groups = {i: _unseeded(run).id for i, run in runs.items()}
+        groups = {i: run.unseeded().id for i, run in runs.items()}
         for i, (run, step) in enumerate(networks):
             alike.setdefault((step, groups[run]), []).append(i)
         following = {i: j for same in alike.values() if len(same) > 1 for i, j in zip(same, same[1:] + same[:1], strict=True)}
@@ -90,11 +90,6 @@ class Patch(ReplicaInstrument):
         sources = [*self._sources(run, self.patterns), *([self.other] if self.other else [])]
         places = [layer | head for layer, head in itertools.product(*heads_of(run))] + [{"layer": None, "head": None}]
         return {"patch": Layout({}, [[{"source": s} for s in sources], places])}
-
-
-def _unseeded(run: Run) -> Run:
-    """The run without its seeds, and without those of the runs that it goes on from."""
-    return dataclasses.replace(run, seed=0, data_seed=None, init_seed=None, after=run.after and _unseeded(run.after))
 
 
 Scores = dict[str, Float[Array, "..."]]
@@ -156,5 +151,5 @@ def patched(
     def one(tokens: Array, maps: Array, asked: Array) -> Array:
         return run.model.apply(params, tokens[:-1], edit=edit_of(maps, asked))[0]
 
-    loss, metrics = scores(jax.vmap(one, axis_name="batch")(rows.tokens, maps, asked), rows)
+    loss, metrics = scores(jax.vmap(one, axis_name="batch")(rows.tokens, maps, asked), dataclasses.replace(rows, weights=None))
     return {"loss": loss, **metrics}

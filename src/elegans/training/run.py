@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -168,3 +169,7 @@ class Run(Spec):
     @property
     def id(self) -> str:
         return identity(self)
+
+    def unseeded(self) -> Run:
+        """The run with the first seeds, and its parents too: what runs have in common that differ in seeds alone."""
+        return dataclasses.replace(self, seed=0, data_seed=None, init_seed=None, after=self.after and self.after.unseeded())
