@@ -17,7 +17,7 @@ from pathlib import Path
 from elegans.errors import StoreError
 from elegans.files import file_digest, replacing
 from elegans.folder import TABLES
-from elegans.instruments.base import settings_of
+from elegans.instruments.noted import Noted
 from elegans.store import FORMAT, Store
 
 WEIGHTS = ("state-*", "weights-*")  # what makes a store large
@@ -94,13 +94,13 @@ def _merge(store: Store, file: Path, note: Callable[[str], None]) -> int:
 
 def _add_rows(store: Store, folder: Path) -> list[str]:
     """Move instruments' rows of an unpacked archive into the store; return the tables of those that stay out, being measured otherwise."""
-    here = {table.name: {file.name: settings_of(file) for file in table.glob("*.parquet")} for table in store.path.glob("rows/*")}
+    here = {table.name: {file.name: Noted.read(file) for file in table.glob("*.parquet")} for table in store.path.glob("rows/*")}
     left_out = set()
     for rows in sorted(folder.glob("rows/*/*.parquet")):
-        table, settings = rows.parent.name, settings_of(rows)
+        table, settings = rows.parent.name, Noted.read(rows)
         known = here.get(table, {})
-        allowed = {known[rows.name]} if rows.name in known else set(known.values()) or {settings}
-        if settings not in allowed:
+        allowed = [known[rows.name]] if rows.name in known else list(known.values()) or [settings]
+        if all(settings.other(one) for one in allowed):
             left_out.add(table)
         elif rows.name not in known:
             (store.path / "rows" / table).mkdir(parents=True, exist_ok=True)
