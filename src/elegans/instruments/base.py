@@ -127,7 +127,7 @@ class ReplicaInstrument(Instrument):
         if new:
             self.check_names(c.first() for c in sorted(store.cohorts(), key=lambda c: c.id not in new))
         todo = [new[i] for i in sorted(new) if self._has_some(new[i])]  # every cohort is looked at before the first is measured
-        if found.stuck and any(cohort.has_weights() for cohort in todo):
+        if found.stuck and todo:
             raise mixture(self.table, store, found)
         if said := in_words(self.table, found, bool(todo)):
             listener("note", said)
@@ -155,8 +155,7 @@ class ReplicaInstrument(Instrument):
 
     def _has_some(self, cohort: Cohort) -> bool:
         """Whether there is anything to measure. Raises `Invalid` or `StoreError` for a cohort that cannot be measured."""
-        if cohort.has_weights():
-            cohort.check_code()
+        cohort.check_code()
         parts = self.split({run.id: run for run in cohort.specs()})
         layouts = [layout for one, runs in parts for layout in one.layouts(resolve(next(iter(runs.values())))).values()]
         return any(all(map(len, layout.axes)) for layout in layouts)

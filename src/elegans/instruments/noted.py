@@ -51,16 +51,16 @@ class Noted:
 
 
 class Due(NamedTuple):
-    """The finished cohorts of a store that an instrument has something to do with, by id."""
+    """The finished cohorts of a store that an instrument has something to do with, by id; those to be measured have weights."""
 
-    new: list[Cohort]  # without rows, or to be measured again because it was asked for
+    new: list[Cohort]  # without rows, or to be measured again because that was asked for
     replaced: list[Cohort]  # with rows that were measured otherwise
     stuck: list[Cohort]  # with such rows, and without weights to measure them again
     why: str | None  # what was otherwise, of one of them
 
 
 def due(instrument: Spec, table: str, store: Store, again: bool = False) -> Due:
-    """What there is to measure for a table; with `again` also what is measured already, where weights are."""
+    """What there is to measure for a table; with `again` also what is measured already."""
     now, found = Noted.now(instrument), Due([], [], [], None)
     for cohort in (c for c in store.cohorts() if c.status()["finished"]):
         rows = store.path / "rows" / table / f"{cohort.id}.parquet"
@@ -68,7 +68,7 @@ def due(instrument: Spec, table: str, store: Store, again: bool = False) -> Due:
         if other is not None:
             (found.replaced if cohort.has_weights() else found.stuck).append(cohort)
             found = found._replace(why=other)
-        elif not rows.exists() or (again and cohort.has_weights()):
+        elif (again or not rows.exists()) and cohort.has_weights():
             found.new.append(cohort)
     return found
 
