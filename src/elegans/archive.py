@@ -59,8 +59,8 @@ def merge(store: Store, files: list[Path], note: Callable[[str], None]) -> int:
     planned differently: it counts once. Raises `StoreError` for a file that is no archive, and where a cohort was trained twice with
     different results; nothing of that archive is added then.
 
-    An instrument's rows come in only where they were measured with settings of rows that the store has of it (or it has none), since
-    a table does not tell them apart. What is left out, `note` is told in one line an archive.
+    An instrument's rows come in only where they were measured with settings and code of rows that the store has of it (or it has none),
+    since a table does not tell them apart. What is left out, `note` is told in one line an archive.
     """
     return sum(_merge(store, file, note) for file in files)
 
@@ -85,7 +85,7 @@ def _merge(store: Store, file: Path, note: Callable[[str], None]) -> int:
         for cohort in new:
             shutil.move(cohort.path, store.path / "cohorts" / cohort.id)
         if left_out := _add_rows(store, folder):
-            said = f"rows of {', '.join(left_out)} are left out: {store.path} has some that were measured with other settings"
+            said = f"rows of {', '.join(left_out)} are left out: {store.path} has some that were measured with other settings or code"
             note(f"{file}: {said}; measure them again there, or keep two stores")
         if (folder / "study.json").exists() and not (store.path / "study.json").exists():
             shutil.move(folder / "study.json", store.path / "study.json")

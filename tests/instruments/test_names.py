@@ -25,7 +25,7 @@ FACTOR = 2.0
 
 
 @el.spec
-class Scaled(el.MLP):
+class Twofold(el.MLP):
     def apply(self, *args, **given):
         return FACTOR * super().apply(*args, **given)
 
@@ -41,7 +41,7 @@ class Total(el.ReplicaInstrument):
         return {"all": el.Layout({}, [])}
 
 
-model = el.Transformer(layers=1, d_model=4, heads=2, mlp=Scaled())
+model = el.Transformer(layers=1, d_model=4, heads=2, mlp=Twofold())
 run = el.Run(el.Addition(length=3), model, batch=2, steps=2, record=el.Record(examples=4))
 study = el.Study([run], [Total(), Total(power=2, name="squares")])
 """
@@ -176,6 +176,14 @@ def test_rows_of_an_edited_instrument_stay_where_no_weights_are_and_that_is_said
     assert values(bare) == before and "stay" in run(bare, SHIFTED).err and values(bare) == before
 
 
+def test_rows_of_an_edited_instrument_are_left_out_of_a_merge(store, bare):
+    before = values(bare)
+    assert run(store, SHIFTED).status == 0 and values(store) != before
+    elegans("archive", store, store.parent / "edited.tar.xz")
+    answer = elegans("merge", bare, store.parent / "edited.tar.xz")
+    assert "rows of squares, total are left out" in answer.err and values(bare) == before
+
+
 def test_again_measures_again_where_weights_are(store, bare):
     before, (path,) = values(store), store.glob("rows/total/*.parquet")
     table = pq.read_table(path)
@@ -216,7 +224,7 @@ def test_other_settings_are_refused_beside_rows_that_cannot_be_measured_again(st
 def test_networks_of_an_edited_class_are_not_loaded_or_measured(store):
     found = el.open(store).lines()[0]["run"]
     edited = FILE.replace("FACTOR = 2.0", "FACTOR = 3.0")
-    said = f"run {found} was trained with another class Scaled: undo the change"
+    said = f"run {found} was trained with another class Twofold: undo the change"
     refused(measure(store, "power=2", text=edited)[0], said)
     with pytest.raises(StoreError, match=said):
         weights_of(store, edited)

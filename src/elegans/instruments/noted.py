@@ -77,7 +77,7 @@ def mixture(table: str, store: Store, found: Due) -> StoreError:
     """The error of rows that would come beside others, measured otherwise, that cannot be measured again."""
     return StoreError(
         f"{store.path}: rows of {table} ({len(found.stuck)} cohorts) were measured with {found.why}, and without their weights that cannot "
-        f"be done again; give this instrument another name, as name=..., for a table of its own"
+        f"be done again; give this instrument another name, as name=..., or use another store"
     )
 
 
