@@ -17,7 +17,7 @@ from pathlib import Path
 from elegans.errors import StoreError
 from elegans.files import file_digest, replacing
 from elegans.folder import TABLES, Cohort
-from elegans.instruments.base import settings_of
+from elegans.instruments.noted import Noted
 from elegans.store import FORMAT, Store
 
 WEIGHTS = ("state-*", "weights-*")  # what makes a store large
@@ -69,8 +69,8 @@ def merge(store: Store, files: list[Path], note: Callable[[str], None]) -> int:
     in several cohorts, of stores that were planned differently: it counts once. Raises `StoreError` for a file that is no archive, and
     where a cohort was trained twice with different results; nothing of that archive is added then.
 
-    An instrument's rows come in only where they were measured with settings of rows that the store has of it (or it has none), since
-    a table does not tell them apart. What is left out, and weights that came to a cohort without, `note` is told in a line.
+    An instrument's rows come in only where they were measured with settings and code of rows that the store has of it (or it has none),
+    since a table does not tell them apart. What is left out, and weights that came to a cohort without, `note` is told in a line.
     """
     return sum(_merge(store, file, note) for file in files)
 
@@ -101,7 +101,7 @@ def _merge(store: Store, file: Path, note: Callable[[str], None]) -> int:
         for cohort in new:
             shutil.move(cohort.path, store.path / "cohorts" / cohort.id)
         if left_out := _add_rows(store, folder):
-            said = f"rows of {', '.join(left_out)} are left out: {store.path} has some that were measured with other settings"
+            said = f"rows of {', '.join(left_out)} are left out: {store.path} has some that were measured with other settings or code"
             note(f"{file}: {said}; measure them again there, or keep two stores")
         if (folder / "study.json").exists() and not (store.path / "study.json").exists():
             shutil.move(folder / "study.json", store.path / "study.json")
@@ -118,13 +118,13 @@ def _add_weights(came: Cohort, cohort: Cohort) -> bool:
 
 def _add_rows(store: Store, folder: Path) -> list[str]:
     """Move instruments' rows of an unpacked archive into the store; return the tables of those that stay out, being measured otherwise."""
-    here = {table.name: {file.name: settings_of(file) for file in table.glob("*.parquet")} for table in store.path.glob("rows/*")}
+    here = {table.name: {file.name: Noted.read(file) for file in table.glob("*.parquet")} for table in store.path.glob("rows/*")}
     left_out = set()
     for rows in sorted(folder.glob("rows/*/*.parquet")):
-        table, settings = rows.parent.name, settings_of(rows)
+        table, settings = rows.parent.name, Noted.read(rows)
         known = here.get(table, {})
-        allowed = {known[rows.name]} if rows.name in known else set(known.values()) or {settings}
-        if settings not in allowed:
+        allowed = [known[rows.name]] if rows.name in known else list(known.values()) or [settings]
+        if all(settings.other(one) for one in allowed):
             left_out.add(table)
         elif rows.name not in known:
             (store.path / "rows" / table).mkdir(parents=True, exist_ok=True)

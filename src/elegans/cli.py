@@ -119,16 +119,17 @@ def measure(
     store: StoreArg,
     overrides: Overrides = None,
     with_: With = None,
+    again: Annotated[bool, typer.Option("--again", help="Also measure what it measured already.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure stored networks with an instrument, without training."""
+    """Measure stored networks with an instrument, without training. name=... keeps its rows in a table of that name."""
     from elegans.describe import measure_store
     from elegans.loading import parse_overrides
     from elegans.progress import Display
 
     _load(with_)
     with Display() as display:
-        rows = measure_store(instrument, store, parse_overrides(overrides or []), display)
+        rows = measure_store(instrument, store, parse_overrides(overrides or []), display, again)
     _print(rows, as_json)
 
 

@@ -199,7 +199,9 @@ def run_summary(folder: Path, page: Path) -> pa.Table:
 # ---- instruments, export, bench
 
 
-def measure_store(kind: str, folder: Path, overrides: Mapping[str, Sequence[Any]], listener: Callable[[str, Any], None]) -> pa.Table:
+def measure_store(
+    kind: str, folder: Path, overrides: Mapping[str, Sequence[Any]], listener: Callable[[str, Any], None], again: bool = False
+) -> pa.Table:
     """Measure a store with an instrument by name; a row per table written."""
     store = Store(folder)
     try:
@@ -209,10 +211,10 @@ def measure_store(kind: str, folder: Path, overrides: Mapping[str, Sequence[Any]
     for path, values in overrides.items():
         instrument = specs.replace(instrument, path, _single(instrument, path, values))
     with store.lock():
-        names = measure_rows(instrument, store, listener)
-    if not names and isinstance(instrument, ReplicaInstrument) and not store.has(kind):
+        names = measure_rows(instrument, store, listener, again)
+    if not names and isinstance(instrument, ReplicaInstrument) and (again or not store.has(instrument.table)):
         raise StoreError(f"{folder}: no weights of a finished run to measure; train here, or merge an archive made with --weights")
-    rows = [{"table": n, "rows": store.table(n).num_rows, "measured_now": n in names} for n in names or [kind]]
+    rows = [{"table": n, "rows": store.table(n).num_rows, "measured_now": n in names} for n in names or [instrument.table]]
     return pa.Table.from_pylist(rows)
 
 

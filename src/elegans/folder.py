@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from elegans import specs
 from elegans.errors import StoreError
 from elegans.files import file_digest, read_arrays, write_arrays, write_json, write_table
+from elegans.sources import Mismatch, code_of, edited
 from elegans.training.checkpoint import arrays_to_vectors, state_to_arrays, weights_to_arrays
 from elegans.training.cohort import resolve
 from elegans.training.planner import CohortPlan
@@ -103,6 +104,17 @@ class Cohort:
             found = dict(ended) | found  # the earliest state after a run's end: later ones hold the same weights
         ids = [line["run"] for line in lines if line["run"] in found]
         return ids, np.stack([found[i] for i in ids]) if ids else np.empty((0, 0))
+
+    def has_weights(self) -> bool:
+        """Whether parameters are kept: an archive may have brought the rows alone."""
+        return any(self.path.glob("*.safetensors"))
+
+    def check_code(self, slot: int = 0) -> None:
+        """Raises `StoreError` where a class or a file that a run is made of was edited since it was trained; for one all of a structure."""
+        line = self.lines()[slot]
+        what = edited(line["code"], code_of(specs.from_dict(Run, line["spec"])))
+        if what is not None:
+            raise StoreError(str(Mismatch(line["run"], what)))
 
     def vectors(self, step: int | None) -> dict[str, np.ndarray]:
         """Parameters by run, at a recorded step or (none) at the end of each; empty where none were kept, without diverged runs."""

@@ -88,8 +88,12 @@ class Network:
 
 
 def load(store: Store, run: str, step: int | None = None) -> Network:
-    """A run of a store, by the start of its id, with its final weights or those of a recorded step. Raises `Invalid`."""
+    """A run of a store, by the start of its id, with its final weights or those of a recorded step.
+
+    Raises `Invalid`, and `StoreError` where code that the run is made of was edited since it was trained.
+    """
     cohort, line = store.find(run)
+    cohort.check_code(line["slot"])
     spec = cohort.specs()[line["slot"]]
     if step is not None and step not in cohort.weight_steps():
         raise Invalid("step", step, f"allowed: {', '.join(map(str, cohort.weight_steps())) or 'none was recorded'}")

@@ -81,6 +81,9 @@ class Display:
             loss = "" if event.loss is None else f", median loss {event.loss:.3f}"
             self._show(f"{self.title}: training", f"step {event.step:,}/{self.plan.steps:,}{loss}, {speed:,.0f} replica-steps/s", left)
 
+    def _on_note(self, detail: str) -> None:
+        self.console.print(detail, highlight=False, markup=False, soft_wrap=True)
+
     def _on_measure(self, detail: tuple[str, str]) -> None:
         self.title = f"measuring {detail[0]} of {detail[1]}"
         self._show(self.title, "", None, force=True)

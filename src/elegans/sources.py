@@ -96,12 +96,16 @@ class Mismatch:
 
 def compare(run: str, stored: dict[str, Any], today: dict[str, Any]) -> Mismatch | None:
     """The first difference between stored and today's fingerprints (`numerics`, `classes` and `files`), if any."""
-    if stored["numerics"] != today["numerics"]:
-        return Mismatch(run, "elegans' numerics version")
+    what = "elegans' numerics version" if stored["numerics"] != today["numerics"] else edited(stored, today)
+    return Mismatch(run, what) if what else None
+
+
+def edited(stored: dict[str, Any], today: dict[str, Any]) -> str | None:
+    """The first class or file, in words, whose stored fingerprint is not today's, if any."""
     for kind, name in (("classes", "class"), ("files", "file")):
         for which, digest in today.get(kind, {}).items():
             if stored.get(kind, {}).get(which) != digest:
-                return Mismatch(run, f"{name} {which}")
+                return f"{name} {which}"
     return None
 
 

@@ -67,8 +67,8 @@ def structure(default: Any = dataclasses.MISSING, doc: str = "", **bounds: float
 
 
 def note(default: Any = None, doc: str = "") -> Any:
-    """A field that means nothing to training: it is neither structure nor part of a run's identity."""
-    return field(default, doc, role="note")
+    """A field that means nothing to what is computed, given by its name only: it is neither structure nor part of an identity."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "bounds": {}, "role": "note"}, kw_only=True)
 
 
 # ---- the decorator

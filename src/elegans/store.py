@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from elegans import specs
-from elegans.errors import StoreError
+from elegans.errors import Invalid, StoreError
 from elegans.files import locked, write_json, write_table, write_text
 from elegans.folder import TABLES, Cohort
 from elegans.sources import code_of, custom_files
@@ -44,6 +44,7 @@ from elegans.training.planner import CohortPlan
 from elegans.training.run import Run
 
 FORMAT = 1
+OWN_TABLES = ("runs", *TABLES, "timings")  # no instrument may bear such a name: its rows would never be seen
 
 
 class Store:
@@ -205,12 +206,17 @@ class Store:
         return list(self._tables())
 
     def _tables(self) -> dict[str, pa.Table]:
-        names = ["runs", *TABLES, "timings", *sorted(p.name for p in (self.path / "rows").glob("*") if p.is_dir())]
+        names = [*OWN_TABLES, *sorted(p.name for p in (self.path / "rows").glob("*") if p.is_dir())]
         found = {name: self.table(name) for name in names}
         return {name: rows for name, rows in found.items() if rows.num_columns}
 
     def add_rows(self, instrument: str, part: str, table: pa.Table) -> None:
-        """Keep what an instrument measured of one cohort (or of all: part "store")."""
+        """Keep what an instrument measured of one cohort (or of all: part "store").
+
+        Raises `Invalid` for a table of the store's own, and for one that holds both kinds of parts.
+        """
+        if instrument in OWN_TABLES or any((p.stem == "store") != (part == "store") for p in self._row_files(instrument)):
+            raise Invalid("table", instrument, "allowed: a name that no other instrument's table has, nor one of the store's own")
         (self.path / "rows" / instrument).mkdir(parents=True, exist_ok=True)
         write_table(self.path / "rows" / instrument / f"{part}.parquet", table)
 

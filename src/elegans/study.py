@@ -51,6 +51,18 @@ class Study:
     keep: Callable[[Run], bool] | None = None  # which runs belong, after overrides too; none: all
     figures: Drawing | None = None  # draws its store, see `drawing`; none: what can be drawn of any store
 
+    def __post_init__(self) -> None:
+        for name, base, such in (("runs", Run, "el.grid(run, {})"), ("instruments", Instrument, "[el.Probe()]")):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, base) for item in value):
+                raise Invalid(name, value, f"allowed: a list of elegans.{base.__name__}, such as {such}")
+        tables = [instrument.table.lower() for instrument in self.instruments]
+        for table in tables:
+            if tables.count(table) > 1:
+                raise Invalid(
+                    "instruments", table, "two write one table; give one a name of its own, such as el.Probe(name='second_probe')"
+                )
+
     def override(self, axes: Mapping[str, Sequence[Any]]) -> Study:
         """The study with fields of every run replaced; several values of a field sweep it. Equal runs become one.
 
@@ -114,6 +126,8 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
     networks = [instrument for instrument in study.instruments if isinstance(instrument, ReplicaInstrument)]
     for instrument in networks:
         instrument.check_names(resolve(run) for run in study.runs)
+    if not options.get("again"):
+        _check_rows(networks, study.runs, Path(path))
 
     def look() -> None:
         for instrument in networks:  # what else is in the store may be nothing that these can measure
@@ -131,6 +145,16 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
         report.write(store)
 
     return train(study.runs, path, listener=listener, ended=look, last=conclude, **options).path / "report.html"
+
+
+def _check_rows(networks: Sequence[ReplicaInstrument], runs: Sequence[Run], path: Path) -> None:
+    """Raises `StoreError` where there is more to train and its rows would stand beside others that were measured otherwise, for good."""
+    if not (path / "format.json").exists():
+        return
+    store = Store(path).only(runs)
+    finished = {run for cohort in store.cohorts() if cohort.status()["finished"] for run in cohort.ids()}
+    for instrument in networks if any(run.id not in finished for run in runs) else ():
+        instrument.check_rows(store)
 
 
 def draw_study(study: Study, path: str | Path, folder: str | Path) -> list[Path]:

@@ -40,6 +40,12 @@ class Untrained(Cohort):
     def status(self):
         return {"finished": self.finished, "diverged": {}}
 
+    def has_weights(self):
+        return True
+
+    def check_code(self, slot=0):
+        """The library's code alone."""
+
     def weight_steps(self):
         return []
 

@@ -14,22 +14,23 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Array, Float
 
 from elegans.errors import Invalid
 from elegans.folder import Cohort
+from elegans.instruments.noted import Noted, due, in_words, mixture
 from elegans.randomness import Purpose, key_for
-from elegans.specs import Spec, field, identity, spec
-from elegans.store import Store
+from elegans.specs import Spec, field, kinds, note, spec
+from elegans.store import OWN_TABLES, Store
 from elegans.tasks.sampling import TaskData
 from elegans.training.cohort import resolve, share, stack
 from elegans.training.device import choose, memory_budget
@@ -56,9 +57,22 @@ class Layout:
 
 @spec
 class Instrument(Spec):
-    """Yields tables of rows for a store. `name` names them there."""
+    """Yields tables of rows for a store. What reads rows by kind, as figures do, reads those of instruments without a name."""
 
     abstract: ClassVar[bool] = True
+    name: str | None = note(None, "its table's name, for several of a kind side by side; none: its kind")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.table.isidentifier() or self.table.lower() in OWN_TABLES:
+            raise Invalid("name", self.table, f"allowed: a word of letters, digits and _ that is none of {', '.join(OWN_TABLES)}")
+        if self.table != self.kind and self.table in kinds(Instrument):
+            raise Invalid("name", self.name, "allowed: a name that is no other instrument's")
+
+    @property
+    def table(self) -> str:
+        """The name of its rows in a store; tables of a `StoreInstrument` with a name begin with it."""
+        return self.kind if self.name is None else self.name
 
     @abc.abstractmethod
     def rows(self, store: Store, listener: Callable[[str, Any], None]) -> Iterator[tuple[str, str, pa.Table]]:
@@ -107,15 +121,25 @@ class ReplicaInstrument(Instrument):
         """Last touch on a cohort's rows, such as a column that compares steps."""
         return table
 
-    def rows(self, store: Store, listener: Callable[[str, Any], None]) -> Iterator[tuple[str, str, pa.Table]]:
-        cohorts = store.cohorts()
-        new = [c for c in cohorts if c.status()["finished"] and not _measured(store, self, c.id)]
+    def rows(self, store: Store, listener: Callable[[str, Any], None], again: bool = False) -> Iterator[tuple[str, str, pa.Table]]:
+        found = due(self, self.table, store, again)
+        new = {cohort.id: cohort for cohort in found.new + found.replaced}
         if new:
-            self.check_names(c.first() for c in sorted(cohorts, key=lambda c: c not in new))
-        for cohort in [c for c in new if self._has_some(c)]:  # a list: every cohort is looked at before the first is measured
-            listener("measure", (self.kind, cohort.id))
+            self.check_names(c.first() for c in sorted(store.cohorts(), key=lambda c: c.id not in new))
+        todo = [new[i] for i in sorted(new) if self._has_some(new[i])]  # every cohort is looked at before the first is measured
+        if found.stuck and todo:
+            raise mixture(self.table, store, found)
+        if said := in_words(self.table, found, bool(todo)):
+            listener("note", said)
+        for cohort in todo:
+            listener("measure", (self.table, cohort.id))
             if tables := list(self._steps(cohort, listener)):
-                yield self.kind, cohort.id, self.finish(pa.concat_tables(tables, promote_options="permissive"))
+                yield self.table, cohort.id, self.finish(pa.concat_tables(tables, promote_options="permissive"))
+
+    def check_rows(self, store: Store) -> None:
+        """Raises `StoreError` where rows of runs to come would stand beside others that were measured otherwise."""
+        if (found := due(self, self.table, store)).stuck:
+            raise mixture(self.table, store, found)
 
     def check_names(self, runs: Iterable[Run]) -> None:
         """Raises `Invalid` for a name asked for that none of the runs has; what only some of them lack is missing there."""
@@ -130,7 +154,8 @@ class ReplicaInstrument(Instrument):
             raise Invalid(option, name, f"allowed in this store: {', '.join(known[option])}")
 
     def _has_some(self, cohort: Cohort) -> bool:
-        """Whether there is anything to measure. Raises `Invalid` for a cohort that cannot be measured."""
+        """Whether there is anything to measure. Raises `Invalid` or `StoreError` for a cohort that cannot be measured."""
+        cohort.check_code()
         parts = self.split({run.id: run for run in cohort.specs()})
         layouts = [layout for one, runs in parts for layout in one.layouts(resolve(next(iter(runs.values())))).values()]
         return any(all(map(len, layout.axes)) for layout in layouts)
@@ -166,7 +191,7 @@ class ReplicaInstrument(Instrument):
             vectors = own, *_others(networks, partners, start, own)
             if program is None:
                 spread = Spread(devices_for(choose(), size), size)
-                one = jax.vmap(self._one, (0, 0, axes), axis_name="replica")
+                one = jax.vmap(functools.partial(self._one, layouts), (0, 0, axes), axis_name="replica")
                 program = spread.jit(one, (0, 0, axes), 0).lower(stacked, vectors, data).compile()
                 memory: Any = program.memory_analysis()
                 needed, budget = memory.temp_size_in_bytes + memory.output_size_in_bytes, memory_budget(choose()) // 2
@@ -178,10 +203,12 @@ class ReplicaInstrument(Instrument):
             listener("measured", (start, len(networks)))
             yield from (_table(batch, layouts[name], arrays) for name, arrays in blocks.items())
 
-    def _one(self, run: Run, vectors: tuple[Float[Array, " parameter"], ...], data: TaskData) -> Blocks:
+    def _one(self, layouts: dict[str, Layout], run: Run, vectors: tuple[Float[Array, " parameter"], ...], data: TaskData) -> Blocks:
         params, *other = (params_of(run, v) for v in vectors)
         given = {"other": other[0]} if other else {}
-        return self.apply(run, params, data, key_for(run.data_seed, Purpose.INSTRUMENT), **given)
+        blocks = self.apply(run, params, data, key_for(run.data_seed, Purpose.INSTRUMENT), **given)
+        _check_blocks(self.table, layouts, blocks)
+        return blocks
 
 
 @spec
@@ -192,11 +219,12 @@ class StoreInstrument(Instrument):
 
     @abc.abstractmethod
     def tables(self, store: Store) -> dict[str, pa.Table]:
-        """New tables by name."""
+        """New tables by name; a name of the instrument's own is put before each."""
 
     def rows(self, store: Store, listener: Callable[[str, Any], None]) -> Iterator[tuple[str, str, pa.Table]]:
-        listener("measure", (self.kind, "the store"))
-        yield from ((name, "store", table) for name, table in self.tables(store).items())
+        listener("measure", (self.table, "the store"))
+        prefix = "" if self.name is None else f"{self.name}_"
+        yield from ((prefix + name, "store", table) for name, table in self.tables(store).items())
 
 
 def silent(stage: str, detail: Any) -> None:
@@ -204,14 +232,17 @@ def silent(stage: str, detail: Any) -> None:
     del stage, detail
 
 
-def measure(instrument: Instrument, store: Store, listener: Callable[[str, Any], None] = silent) -> list[str]:
+def measure(instrument: Instrument, store: Store, listener: Callable[[str, Any], None] = silent, again: bool = False) -> list[str]:
     """Run an instrument over a store and keep its rows there; return the tables that it wrote.
 
-    What the same instrument measured before is not measured again.
+    What the same instrument measured before is measured again only where `again` asks for it. Rows that were measured with other settings,
+    or with code that was edited since, are replaced, and the listener is told; a `name` keeps both. Raises `StoreError` where they
+    would stand beside new ones because their weights are not here.
     """
-    written = []
-    for name, part, table in instrument.rows(store, listener):
-        store.add_rows(name, part, table.replace_schema_metadata({"instrument": identity(instrument)}))
+    written, noted = [], Noted.now(instrument).metadata()
+    made = instrument.rows(store, listener, again) if isinstance(instrument, ReplicaInstrument) else instrument.rows(store, listener)
+    for name, part, table in made:
+        store.add_rows(name, part, table.replace_schema_metadata(noted))
         written.append(name)
     return sorted(set(written))
 
@@ -224,16 +255,6 @@ def those(asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
 def _names(value: str | Sequence[str]) -> Sequence[str]:
     """The names that an option holds."""
     return (value,) if isinstance(value, str) else value
-
-
-def _measured(store: Store, instrument: Instrument, part: str) -> bool:
-    path = store.path / "rows" / instrument.kind / f"{part}.parquet"
-    return path.exists() and settings_of(path) == identity(instrument)
-
-
-def settings_of(rows: Path) -> str:
-    """Identity of the instrument, its settings included, that measured the rows of a file."""
-    return (pq.read_schema(rows).metadata or {}).get(b"instrument", b"").decode()
 
 
 def _stacked(runs: dict[str, Run], networks: Sequence[tuple[str, int, np.ndarray]]) -> tuple[Run, np.ndarray, TaskData, Any]:
@@ -259,10 +280,28 @@ def _others(
     return [other]
 
 
+def _check_blocks(name: str, layouts: dict[str, Layout], blocks: Any) -> None:
+    """Raises `Invalid` where what `apply` gives for one network is not what `layouts` says."""
+    if not isinstance(blocks, dict) or not all(isinstance(arrays, dict) and arrays for arrays in blocks.values()):
+        raise Invalid(f"{name}.apply", blocks, "allowed: arrays by block and column, such as {'loss': {'nats': x}}")
+    for block, arrays in blocks.items():
+        if block not in layouts:
+            raise Invalid(f"{name}.apply", block, f"allowed: the blocks of its `layouts`: {', '.join(layouts)}")
+        shape = tuple(len(axis) for axis in layouts[block].axes)
+        taken = {"run", "step", *layouts[block].columns()}
+        for column, array in arrays.items():
+            if np.shape(array) != shape:
+                raise Invalid(f"{name}.{block}.{column}", np.shape(array), f"allowed: an array of shape {shape}, the axes of its layout")
+            if column in taken:
+                raise Invalid(f"{name}.{block}", column, f"allowed: a column that is none of {', '.join(sorted(taken))}")
+        if bad := {"run", "step"} & {*layouts[block].columns()}:
+            raise Invalid(f"{name}.{block}", bad.pop(), "allowed: another name; the columns run and step are there already")
+
+
 def _table(batch: Sequence[tuple[str, int, np.ndarray]], layout: Layout, arrays: dict[str, np.ndarray]) -> pa.Table:
     """Rows of a batch of networks: arrays [network, *axes]. Rows whose every value is missing are left out."""
     columns = layout.columns()
-    count = len(next(iter(columns.values())))
+    count = math.prod(map(len, layout.axes))
     n = len(batch)
     table: dict[str, Any] = {
         "run": np.repeat([i for i, _, _ in batch], count),
