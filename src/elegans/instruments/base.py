@@ -112,7 +112,7 @@ class ReplicaInstrument(Instrument):
         new = [c for c in cohorts if c.status()["finished"] and not _measured(store, self, c.id)]
         if new:
             self.check_names(c.first() for c in sorted(cohorts, key=lambda c: c not in new))
-        for cohort in [c for c in new if self._has_some(c)]:  # a list: every cohort is looked at before the first is measured
+        for cohort in [c for c in new if self.measures(c.specs())]:  # a list: every cohort is looked at before the first is measured
             listener("measure", (self.kind, cohort.id))
             if tables := list(self._steps(cohort, listener)):
                 yield self.kind, cohort.id, self.finish(pa.concat_tables(tables, promote_options="permissive"))
@@ -129,9 +129,9 @@ class ReplicaInstrument(Instrument):
         for option, name in lacking:
             raise Invalid(option, name, f"allowed in this store: {', '.join(known[option])}")
 
-    def _has_some(self, cohort: Cohort) -> bool:
-        """Whether there is anything to measure. Raises `Invalid` for a cohort that cannot be measured."""
-        parts = self.split({run.id: run for run in cohort.specs()})
+    def measures(self, runs: Sequence[Run]) -> bool:
+        """Whether there is anything to measure of runs of one structure. Raises `Invalid` for those that cannot be measured."""
+        parts = self.split({run.id: run for run in runs})
         layouts = [layout for one, runs in parts for layout in one.layouts(resolve(next(iter(runs.values())))).values()]
         return any(all(map(len, layout.axes)) for layout in layouts)
 
