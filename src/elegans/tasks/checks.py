@@ -18,6 +18,7 @@ from elegans.randomness import Purpose, key_for
 from elegans.sources import is_custom, within
 from elegans.tasks import counting
 from elegans.tasks.base import PARTS, Task
+from elegans.tasks.mixture import Several
 from elegans.tasks.sampling import TaskData, prepare
 from elegans.types import Example, Truth
 
@@ -51,11 +52,14 @@ def check_task(task: Task, rows: int = ROWS, seed: int = 0, oracle: Oracle | Non
     if rows < 2:
         raise Invalid("rows", rows, "allowed: 2 or more")
     try:
+        for member in task.tasks if isinstance(task, Several) else ():  # whose ids are lost where they are translated
+            check_task(dataclasses.replace(member, split=None), rows, seed)
         _check_sizes(task)
         data = prepare(task)
         _check_shapes(task, data)
         drawn = _draw(task, data, jax.random.split(key_for(seed, Purpose.INSTRUMENT), rows))
         check_rows(task, drawn.rows)
+        _check_ids(task, "batch.tokens", drawn.others)
         figures = [*_sizes(task, drawn), *_contents(task, drawn), *_truths(drawn.rows)]
         return Checked(drawn.rows, figures + ([] if oracle is None else [_compared(task, drawn.rows, oracle)]))
     except Invalid as error:
@@ -151,6 +155,7 @@ class _Drawn:
     rows: Example
     part: Int[np.ndarray, " row"] | None
     content: Int[np.ndarray, "row words"] | None
+    others: Int[np.ndarray, "*rows position"]  # tokens of batches at both ends of a run, where they are not rows of `sample`
 
 
 def _draw(task: Task, data: TaskData, keys: Shaped[Array, " row"]) -> _Drawn:
@@ -160,15 +165,12 @@ def _draw(task: Task, data: TaskData, keys: Shaped[Array, " row"]) -> _Drawn:
         rows = jax.vmap(lambda key: task.sample(key, data.prepared))(keys)
         part = jax.vmap(lambda row: task.part(row, data.table))(rows) if split else None
         content = jax.vmap(task.content)(rows) if split and by_content else None
-        others = None  # rows of the ends of a run, where they are not those of `sample`
+        others = rows.tokens[:0]
         if type(task).batch is not Task.batch:
             others = jax.vmap(lambda progress: task.batch(keys, jnp.int32(0), progress, data.prepared))(jnp.array([0.0, 1.0])).tokens
         return rows, part, content, others
 
-    rows, part, content, others = jax.tree.map(np.asarray, jax.jit(draw, compiler_options=QUICK)(keys, data))
-    if others is not None:
-        _check_ids(task, "batch.tokens", others)
-    return _Drawn(rows, part, content)
+    return _Drawn(*jax.tree.map(np.asarray, jax.jit(draw, compiler_options=QUICK)(keys, data)))
 
 
 def check_rows(task: Task, rows: Example) -> None:
@@ -212,7 +214,7 @@ def _line(check: str, found: float | None, promised: float | None = None, note: 
 
 
 def _sizes(task: Task, drawn: _Drawn) -> Iterator[dict[str, Any]]:
-    tokens, scored = drawn.rows.tokens, _counts(drawn.rows)
+    tokens, scored = np.asarray(drawn.rows.tokens), _counts(drawn.rows)
     if not scored.any():
         raise Invalid("scored", "no token", "allowed: at least one token after the first")
     many = scored.sum(1)
@@ -225,7 +227,9 @@ def _sizes(task: Task, drawn: _Drawn) -> Iterator[dict[str, Any]]:
     yield _line("scored tokens", many.mean(), said, "mean of a row")
     yield _line("rows scored", scored.any(1).mean(), 1.0, "share with a scored token")
     yield _line("floor", None, task.floor(), "nats per scored token")
-    yield _line("plateau", counting.of_rows(tokens, scored, task.vocab_size).plateau, task.plateau(), "nats per scored token; counted")
+    yield _line(
+        "plateau", counting.of_rows(tokens, scored, task.vocab_size).plateau, task.plateau(), "nats per scored token; counted by position"
+    )
 
 
 def _contents(task: Task, drawn: _Drawn) -> Iterator[dict[str, Any]]:
@@ -267,10 +271,11 @@ def _alike(task: Task, rows: Example) -> Int[np.ndarray, " row"]:
 def _truths(rows: Example) -> Iterator[dict[str, Any]]:
     """Of every feature the share of its reads that rows have, and where they are."""
     for name, t in rows.truth.items():
-        there = t.positions >= 0
-        seen = t.positions[there]
+        positions = np.asarray(t.positions)
+        there = positions >= 0
+        seen = positions[there]
         where = f"at {seen.min()} to {seen.max()}" if len(seen) else "nowhere"
-        values = np.unique(t.values[there])
+        values = np.unique(np.asarray(t.values)[there])
         span = f", values {values[0]:g} to {values[-1]:g}" if len(values) else ""
         yield _line(f"truth.{name}", there.mean(), None, f"{t.kind}{span}, {there.shape[1]} reads {where}; share that rows have")
 
