@@ -46,6 +46,10 @@ BAD_FILES = {
     ),
     "a step that a parent does not keep": (GOOD + "  after_step: 3\n", "after_step", "3", "give its parent"),
     "unknown weights": (GOOD + "  trained: [block.*]\n", "trained", "block.*", "blocks.*.attn.W_Q"),
+    "a task that an instrument cannot ask": (
+        GOOD + "instruments: [{kind: evaluate, task: {kind: sorting, length: 3}}]\n",
+        *("task", "sorting", "not among the network's"),
+    ),
     "epochs of fresh data": (GOOD.replace("steps: 10", "epochs: 3"), "epochs", "3", "train_set"),
 }
 
@@ -77,6 +81,8 @@ def test_bad_yaml(name, tmp_path):
         (["seed"], ["seed", "field=value"]),
         (["model.mlp.gain=2"], ["model.mlp.gain", "gain", "ratio"]),
         (["steps=5", "steps=6"], ["steps", "twice"]),
+        (["label=x{sed}"], ["label.sed", "'sed'", "seed"]),
+        (["label=x{model.position.kind}", "--plan"], ["label.model.position.kind", "'kind'", "theta"]),
         (["--device", "tpu"], ["device", "tpu", "cpu"]),
         (["--memory", "plenty"], ["memory", "plenty", "8GiB"]),
         (["--resume"], ["nothing to resume"]),
@@ -92,6 +98,12 @@ def test_bad_words(words, said, tmp_path):
 def test_a_path_with_dots_is_no_range():
     axes = parse_overrides(["task.graphs=../g.g6,a..b", "seed=-1..2,7"])
     assert axes == {"task.graphs": ["../g.g6", "a..b"], "seed": [-1, 0, 1, 2, 7]}
+
+
+def test_a_plan_asks_instruments_too(tmp_path):
+    text, *said = BAD_FILES["a task that an instrument cannot ask"]
+    (tmp_path / "bad.yaml").write_text(text)
+    assert_refused(elegans("run", tmp_path / "bad.yaml", "--store", tmp_path / "store", "--plan"), *said)
 
 
 def test_a_file_of_one_graph(tmp_path):

@@ -9,6 +9,7 @@ from unittest import mock
 import pyarrow.csv
 import pytest
 
+from elegans import Invalid
 from running import elegans
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -40,6 +41,16 @@ def test_new_task(tmp_path):
     for example in shown["examples"]:
         assert example["tokens"][:4] == example["tokens"][5:]
     assert len(run("new_task.py", tmp_path / "store")) == 3
+
+
+def test_the_oracle_of_the_guide_answers_as_the_new_task_does(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    guide = (EXAMPLES.parent / "docs" / "extending.md").read_text()
+    code = guide.split("```python\n")[1].split("```")[0]
+    exec(code, {})
+    assert "'check': 'oracle', 'found': 1024.0, 'promised': 1024.0" in capsys.readouterr().out
+    with pytest.raises(Invalid, match=r"^copy_word\.oracle: "):
+        exec(code.replace("prompt[:-1]", "prompt[1:]"), {})
 
 
 def test_new_component(tmp_path):

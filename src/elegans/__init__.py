@@ -18,7 +18,7 @@ _HOME = {
     "study": "Study draw_study run_study train",
     "tasks": "ActivitySelection Addition BinaryCopy BitParity BreadthFirstSearch Curriculum DepthFirstSearch GraphTask InnerProduct "
     "IterativeTask LongestCommonSubsequence Majority MajorityOfMajority MaximumSubarray MinimumSpanningTree Mixture "
-    "Multiplication Parity Polynomial Several ShortestPath Sorting Split Task TopologicalSort",
+    "Multiplication Parity Polynomial Several ShortestPath Sorting Split Task TopologicalSort check_task",
     "training": "AdamW At Constant Cosine Every Linear Lion LogSpaced Optimizer Record Run SGD Schedule State Update WSD When follow",
     "types": "Example Trace Truth",
 }

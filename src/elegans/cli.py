@@ -46,6 +46,7 @@ def show(
     overrides: Overrides = None,
     examples: Annotated[int, typer.Option(help="How many examples.", min=0, max=10_000)] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the examples.", min=0, max=2**31 - 1)] = 0,
+    check: Annotated[bool, typer.Option("--check", help="Also whether its rows are what it promises, with figures.")] = False,
     with_: With = None,
     as_json: Json = False,
 ) -> None:
@@ -54,8 +55,13 @@ def show(
     from elegans.loading import parse_overrides
 
     _load(with_)
-    found = describe_task(task, parse_overrides(overrides or []), examples, seed)
+    found = describe_task(task, parse_overrides(overrides or []), examples, seed, check)
     print(json.dumps(found) if as_json else draw_task(found))
+    if check and not as_json:
+        import pyarrow as pa
+
+        print()
+        _print(pa.Table.from_pylist(found["checks"]), as_json)
 
 
 @app.command(epilog="Example: elegans run carry optim.lr=1e-3,3e-3 seed=0..4 --store runs/mine")
@@ -81,7 +87,7 @@ def run(
     from elegans.describe import plan_rows, run_summary
     from elegans.loading import load_study, parse_overrides, parse_share
     from elegans.progress import Display
-    from elegans.study import prepare, run_study
+    from elegans.study import check_study, prepare, run_study
 
     _load(with_)
     asked = load_study(study, small).override(parse_overrides(overrides or [])).within(max_budget)
@@ -89,6 +95,7 @@ def run(
     folder = store or Path("runs") / asked.name
     options: dict[str, Any] = {"device": device, "memory": memory, "again": again, "resume": resume}
     if plan:
+        check_study(asked)
         _print(plan_rows(prepare(asked.runs, folder, **options, compile_to_measure=False)), as_json)
         return
     with Display() as display:

@@ -26,6 +26,7 @@ from elegans.store import Store
 from elegans.study import Work
 from elegans.tasks import Addition, Task
 from elegans.tasks.base import PARTS
+from elegans.tasks.checks import check_rows, check_task
 from elegans.training import Run
 from elegans.training.checkpoint import WEIGHTS, weights_to_arrays
 from elegans.training.cohort import CHUNK, Programs, resolve
@@ -75,11 +76,13 @@ def _single(spec: specs.Spec, path: str, values: Sequence[Any]) -> Any:
     return values[0]
 
 
-def describe_task(kind: str, overrides: Mapping[str, Sequence[Any]], examples: int, seed: int) -> dict[str, Any]:
-    """What there is to know of a task, with examples: plain data."""
+def describe_task(kind: str, overrides: Mapping[str, Sequence[Any]], examples: int, seed: int, check: bool = False) -> dict[str, Any]:
+    """What there is to know of a task, with examples and, if asked, what was found of it by `check_task`: plain data. Raises `Invalid`."""
     task = make_task(kind, overrides)
+    checks = {"checks": check_task(task, seed=seed).figures} if check else {}
     keys = jax.random.split(key_for(seed, Purpose.DATA), max(1, examples))
     rows = jax.device_get(jax.jit(jax.vmap(lambda k, data: task.sample(k, data), (0, None)))(keys, task.prepare()))
+    check_rows(task, rows)
     shown = [jax.tree.map(lambda a, i=i: a[i], rows) for i in range(examples)]
     return {
         "name": task.kind,
@@ -102,6 +105,7 @@ def describe_task(kind: str, overrides: Mapping[str, Sequence[Any]], examples: i
             }
             for e in shown
         ],
+        **checks,
     }
 
 

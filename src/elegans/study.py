@@ -25,10 +25,11 @@ from elegans.files import write_json
 from elegans.folder import Cohort
 from elegans.instruments.base import Instrument, ReplicaInstrument, measure, silent
 from elegans.sources import code_of, compare
-from elegans.store import Store
+from elegans.store import Store, label_of
+from elegans.tasks.checks import check_custom
 from elegans.training.ahead import Ahead
 from elegans.training.checkpoint import arrays_to_state
-from elegans.training.cohort import Programs, resolve
+from elegans.training.cohort import Programs, group, resolve
 from elegans.training.cost import flops_per_step, rates_of
 from elegans.training.device import choose, memory_budget, provenance
 from elegans.training.planner import CohortPlan, divide, plan, seconds
@@ -121,11 +122,8 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
     A cohort is measured as soon as it has ended, so that what is finished when time is short has its rows. All the while no other
     process may train into the store, measure it or merge; reading it is always possible.
     """
-    if not study.runs:
-        raise Invalid("runs", [], "a study needs at least one run")
-    networks = [instrument for instrument in study.instruments if isinstance(instrument, ReplicaInstrument)]
-    for instrument in networks:
-        instrument.check_names(resolve(run) for run in study.runs)
+    check_study(study)
+    networks = _of_networks(study)
     if not options.get("again"):
         _check_rows(networks, study.runs, Path(path))
 
@@ -155,6 +153,23 @@ def _check_rows(networks: Sequence[ReplicaInstrument], runs: Sequence[Run], path
     finished = {run for cohort in store.cohorts() if cohort.status()["finished"] for run in cohort.ids()}
     for instrument in networks if any(run.id not in finished for run in runs) else ():
         instrument.check_rows(store)
+
+
+def check_study(study: Study) -> None:
+    """Raises `Invalid` for a study without runs, and for an instrument that does not fit them; compiles next to nothing."""
+    if not study.runs:
+        raise Invalid("runs", [], "a study needs at least one run")
+    networks, structures = _of_networks(study), group(study.runs)
+    if networks:
+        check_custom(run.task for run in study.runs)  # instruments ask them for their truth
+    for instrument in networks:
+        instrument.check_names(resolve(run) for run in study.runs)
+        for members in structures:
+            instrument.measures(members)
+
+
+def _of_networks(study: Study) -> list[ReplicaInstrument]:
+    return [instrument for instrument in study.instruments if isinstance(instrument, ReplicaInstrument)]
 
 
 def draw_study(study: Study, path: str | Path, folder: str | Path) -> list[Path]:
@@ -248,6 +263,7 @@ def prepare(
 ) -> Work:
     """Check everything and plan what is missing. Writes nothing; compiles only where a structure may not fit."""
     runs = lineage(runs)
+    _check_labels(runs)
     Store.check(store)
     chosen = choose(device)
     budget = memory_budget(chosen, memory)
@@ -261,6 +277,7 @@ def prepare(
     present = {line["run"] for c in kept for line in c.lines()}
     missing = [run for run in runs if run.id not in present]
     _check_parents(kept, missing)
+    check_custom(run.task for run in missing)
     measured = (lambda members: Programs(members, chosen).bytes()) if compile_to_measure else None
     devices = len(jax.devices("cpu")) if chosen.platform == "cpu" else 1
     new = plan(missing, budget, measured, devices, chosen.platform) if missing else []
@@ -281,6 +298,14 @@ def _discard(store: str | Path, stored: Sequence[Cohort], runs: Sequence[Run]) -
     if others:
         raise StoreError(f"{store}: --again would also discard {len(others)} runs that are not in this study; use another --store")
     return list(stored)
+
+
+def _check_labels(runs: Sequence[Run]) -> None:
+    for run in runs:
+        try:
+            label_of(run)
+        except Invalid as error:
+            raise error.inside("label") from None
 
 
 def _check_code(stored: Sequence[Cohort], runs: Sequence[Run]) -> None:

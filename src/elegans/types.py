@@ -14,8 +14,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from elegans.errors import Invalid
+
 AnyArray: TypeAlias = Union[Array, np.ndarray]  # noqa: UP007 (mypy needs this form). On the device or on the host
 TruthKind = Literal["binary", "multilabel", "categorical", "number"]
+HEAD_AXIS = {"q": -2, "k": -2, "v": -2, "z": -2, "scores": -3, "pattern": -3}  # from the right: rows may stand before it
 
 
 @jax.tree_util.register_dataclass
@@ -55,14 +58,23 @@ class Example:
 class Trace:
     """Everything a forward pass computed, by site: `embed`, `resid.0`, `pattern.1`, ... (see `Model.apply`).
 
-    `z.1.0` is head 0 of the site `z.1`.
+    `z.1.0` is head 0 of the site `z.1`, of every row where there are several; so it is of sites of q, k, v, scores and pattern.
+    Raises `Invalid` for a site or a head that is not there.
     """
 
     sites: dict[str, Float[Array, "..."]]
 
     def __getitem__(self, site: str) -> Float[Array, "..."]:
+        if site in self.sites:
+            return self.sites[site]
         whole, _, head = site.rpartition(".")
-        return self.sites[whole][:, int(head)] if site not in self.sites and whole in self.sites else self.sites[site]
+        axis = HEAD_AXIS.get(whole.partition(".")[0])
+        if whole not in self.sites or axis is None:
+            raise Invalid("site", site, f"allowed: {', '.join(self.sites)}, and heads of {', '.join(HEAD_AXIS)}, such as z.0.0")
+        heads = self.sites[whole].shape[axis]
+        if not head.isdecimal() or int(head) >= heads:
+            raise Invalid("site", site, f"allowed: heads 0 to {heads - 1} of {whole}")
+        return self.sites[whole][(..., int(head), *[slice(None)] * (-axis - 1))]
 
 
 Edit = Callable[[str, Any], Any]  # edit(site, x) returns what replaces x

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elegans import MLP, ALiBi, Attention, FixedAttention, LayerNorm, Learned, Rotary, Sinusoidal, Transformer
+from elegans import MLP, ALiBi, Attention, FixedAttention, Invalid, LayerNorm, Learned, Rotary, Sinusoidal, Transformer
 from elegans.types import no_edit
 from transformer_oracle import POSITIONS, ROW, TOKENS, VOCAB, forward, oracle, softmax, some_params
 
@@ -175,8 +175,21 @@ def test_probed_sites_are_sites_of_one_vector_for_each_position() -> None:
     assert families["resid"] == ("resid.0", "resid.1") and families["embed"] == ("embed",)
     width = {family: LLAMA.d_model // LLAMA.heads if family == "head" else LLAMA.d_model for family in families}
     assert all(trace[site].shape == (POSITIONS, width[family]) for family, sites in families.items() for site in sites)
-    np.testing.assert_array_equal(trace["z.1.0"], trace["z.1"][:, 0])
     assert not {"attn_out", "head"} & set(dataclasses.replace(LLAMA, attention=None).probed_sites())
+
+
+def test_a_head_of_a_site_is_one_entry_of_its_head_axis_alone_and_in_batches() -> None:
+    """Every site of the list in models/transformer.py that has a head axis, wherever that stands."""
+    params, alone = some_params(LLAMA), forward(LLAMA)(some_params(LLAMA), TOKENS)[1]
+    rows = jnp.stack([TOKENS, TOKENS[::-1], TOKENS])
+    batch = jax.vmap(lambda row: LLAMA.apply(params, row))(rows)[1]
+    for family, axis in (("q", 1), ("k", 1), ("v", 1), ("z", 1), ("scores", 0), ("pattern", 0)):
+        one, whole = f"{family}.1.1", f"{family}.1"
+        np.testing.assert_array_equal(alone[one], np.take(np.asarray(alone[whole]), 1, axis))
+        np.testing.assert_array_equal(batch[one], np.take(np.asarray(batch[whole]), 1, axis + 1))
+    for wrong in (f"z.1.{LLAMA.heads}", "pattern.0.-1", "z.0.x", "resid.0.1", "mlp_post.0.0", "z.9", "nowhere", "embed.0"):
+        with pytest.raises(Invalid, match=r"^site: .*allowed: "):
+            _ = alone[wrong]
 
 
 # ---- parts that are off, compute types, dropout

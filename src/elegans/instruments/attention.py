@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -46,7 +47,7 @@ class AttentionMaps(ReplicaInstrument):
         return {"attention": {"attention": jnp.where(seen, mean, jnp.nan)}}
 
     def layouts(self, run: Run) -> dict[str, Layout]:
-        labels = labels_of(run, self._group(run))
+        labels = labels_of(Run(run.task, run.model, steps=1), self._group(run))  # the same for all such runs, and drawn once
         axes = [[{name: p, f"{name}_label": label} for p, label in enumerate(labels)] for name in ("query", "key")]
         lengths = lengths_of(run)
         return {"attention": Layout({"length": lengths[self._group(run)] if lengths else None}, [*heads_of(run), *axes])}
@@ -59,6 +60,7 @@ class AttentionMaps(ReplicaInstrument):
         return lengths.index(self.length) if self.length is not None else max(len(lengths) - 1, 0)
 
 
+@functools.lru_cache
 def labels_of(run: Run, group: int) -> list[str]:
     """A name for each token of rows of one length that predicts another."""
     count = LABELLED * max(1, len(lengths_of(run)))

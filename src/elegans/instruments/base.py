@@ -156,7 +156,11 @@ class ReplicaInstrument(Instrument):
     def _has_some(self, cohort: Cohort) -> bool:
         """Whether there is anything to measure. Raises `Invalid` or `StoreError` for a cohort that cannot be measured."""
         cohort.check_code()
-        parts = self.split({run.id: run for run in cohort.specs()})
+        return self.measures(cohort.specs())
+
+    def measures(self, runs: Sequence[Run]) -> bool:
+        """Whether there is anything to measure of runs of one structure. Raises `Invalid` for those that cannot be measured."""
+        parts = self.split({run.id: run for run in runs})
         layouts = [layout for one, runs in parts for layout in one.layouts(resolve(next(iter(runs.values())))).values()]
         return any(all(map(len, layout.axes)) for layout in layouts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument, those
 from elegans.instruments.linear import Probes, fit_logistic, fit_squares
 from elegans.specs import field, spec
+from elegans.tasks import Task
 from elegans.tasks.sampling import TaskData, draw_set
 from elegans.training.run import Run
 from elegans.types import Example, Truth, TruthKind
@@ -112,10 +114,16 @@ def meeting(run: Run, features: tuple[str, ...]) -> set[str]:
 
 def reads_of(run: Run, feature: str) -> list[dict[str, Any]]:
     """Index and position of each read of a feature; the position is null where it differs between examples."""
-    keys = jax.random.split(jax.random.key(0), 64)
-    positions = np.asarray(jax.vmap(lambda k: run.task.sample(k, run.task.prepare()).truth[feature].positions)(keys))
+    positions = _positions(run.task)[feature]
     same = (positions == positions[0]).all(0) & (positions[0] >= 0)
     return [{"index": r, "position": int(positions[0, r]) if same[r] else None} for r in range(positions.shape[1])]
+
+
+@functools.lru_cache
+def _positions(task: Task) -> dict[str, Int[np.ndarray, "row read"]]:
+    """Where the features of 64 rows are read."""
+    data, keys = task.prepare(), jax.random.split(jax.random.key(0), 64)
+    return jax.device_get(jax.jit(jax.vmap(lambda key: {n: t.positions for n, t in task.sample(key, data).truth.items()}))(keys))
 
 
 @spec

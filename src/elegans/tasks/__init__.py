@@ -3,6 +3,7 @@
 from elegans.tasks.activity import ActivitySelection
 from elegans.tasks.addition import Addition
 from elegans.tasks.base import Split, Task
+from elegans.tasks.checks import check_task
 from elegans.tasks.graphs import GraphTask
 from elegans.tasks.iteration import BinaryCopy, IterativeTask, Polynomial
 from elegans.tasks.majority import BitParity, InnerProduct, Majority, MajorityOfMajority
@@ -43,4 +44,5 @@ __all__ = [
     "Split",
     "Task",
     "TopologicalSort",
+    "check_task",
 ]

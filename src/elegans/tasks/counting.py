@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int
 
 from elegans.randomness import Purpose, key_for
 
@@ -39,17 +40,21 @@ class Counted(NamedTuple):
 
 @functools.cache
 def counted(task: Task, count: int = ROWS) -> Counted:
-    """Means and plateau from one draw of rows.
+    """Means and plateau from one draw of rows."""
+    return of_rows(*rows(task, count), task.vocab_size)
+
+
+def of_rows(tokens: Int[np.ndarray, "row position"], scored: Bool[np.ndarray, "row position"], vocab: int) -> Counted:
+    """Means and plateau of rows.
 
     The plateau is the best loss that sees only the output position, from counts of tokens at every position. Positions are
     counted from the first scored token. The entropy of counted shares is too small by about (symbols - 1) / (2 rows)
     a position; that much is added (Miller 1955, "Note on the bias of information estimates").
     """
-    tokens, scored = rows(task, count)
     ends = scored.shape[1] - scored[:, ::-1].argmax(1)
     means = float(scored.sum(1).mean()), float(ends.mean())
     tokens, scored = aligned(tokens, scored)
-    counts = np.stack([((tokens == v) & scored).sum(0) for v in range(task.vocab_size)])  # [vocab, position]
+    counts = np.stack([((tokens == v) & scored).sum(0) for v in range(vocab)])  # [vocab, position]
     total = counts.sum(0)
     nats = total * np.log(np.maximum(total, 1)) - (counts * np.log(np.maximum(counts, 1))).sum(0)
     bias = np.maximum((counts > 0).sum(0) - 1, 0) / 2
