@@ -5,6 +5,7 @@ import json
 import pytest
 
 from elegans.loading import parse_overrides
+from elegans.store import Store
 from running import elegans
 
 GOOD = """
@@ -95,9 +96,15 @@ def test_bad_words(words, said, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_a_path_with_dots_is_no_range():
-    axes = parse_overrides(["task.graphs=../g.g6,a..b", "seed=-1..2,7"])
-    assert axes == {"task.graphs": ["../g.g6", "a..b"], "seed": [-1, 0, 1, 2, 7]}
+def test_what_words_of_the_command_line_mean():
+    """A path with dots is no range, and "none" is what tables call nothing."""
+    axes = parse_overrides(["task.graphs=../g.g6,a..b", "seed=-1..2,7", "model.position=rotary,none,null"])
+    assert axes == {"task.graphs": ["../g.g6", "a..b"], "seed": [-1, 0, 1, 2, 7], "model.position": ["rotary", None, None]}
+
+
+def test_a_store_without_runs_is_listed(tmp_path):
+    Store.create(tmp_path / "store")
+    assert elegans("ls", tmp_path / "store", "--json").out.strip() == "[]"
 
 
 def test_a_plan_asks_instruments_too(tmp_path):

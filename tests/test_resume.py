@@ -92,6 +92,10 @@ def test_running_again_does_nothing(copy):
     assert files(copy / "store") == before
 
 
+def test_weights_are_read_by_whom_rows_are(trained):
+    assert len({path.stat().st_mode for path in (trained / "store").rglob("*") if path.is_file()}) == 1
+
+
 def test_an_answer_written_by_hand_stays(copy):
     noted = copy / "store" / "study.json"
     noted.write_text(json.dumps(json.loads(noted.read_text()) | {"answer": "It does."}))

@@ -178,6 +178,8 @@ def _plan_row(name: str, plan: CohortPlan, step: int, platform: str) -> dict[str
 def run_rows(store: Store) -> pa.Table:
     """A row per run: state, length, the fields that differ, last validation and test scores."""
     runs = store.runs()
+    if not runs.num_rows:
+        return runs
     heads = ["run", "cohort", "label", "state", "diverged_at", "length", "parameters", "flops_per_step"]
     differ = differing(runs.drop_columns(heads).to_pylist())
     if not store.has("metrics"):

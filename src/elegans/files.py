@@ -58,7 +58,10 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], notes: dict[str, str
     with replacing(path) as temporary:
         # one entry: several would be written in an order that differs between processes
         entry = json.dumps({"notes": notes, "digest": _digest(arrays, notes)}, sort_keys=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # that of any file; safetensors lets nobody but the owner read
         safetensors.numpy.save_file(arrays, temporary, metadata={"elegans": entry})
+        temporary.chmod(mode)
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -45,6 +45,8 @@ class Network:
         """Stacked examples of a part of the task's split. Raises `Invalid`."""
         if part not in PARTS:
             raise Invalid("part", part, f"allowed: {', '.join(PARTS)}")
+        if count < 1:
+            raise Invalid("count", count, "allowed: 1 or more")
         return jax.jit(lambda k: draw_set(self.task, part, k, count, prepare(self.task)))(key_for(seed, Purpose.INSTRUMENT))
 
     def tokens(self, rows: str | Sequence[int] | Any) -> Int[Array, "*batch position"]:
@@ -87,12 +89,12 @@ class Network:
         return row
 
 
-def load(store: Store, run: str, step: int | None = None) -> Network:
-    """A run of a store, by the start of its id, with its final weights or those of a recorded step.
+def load(store: Store | str | Path, run: str, step: int | None = None) -> Network:
+    """A run of a store (or of the folder of one), by the start of its id, with its final weights or those of a recorded step.
 
     Raises `Invalid`, and `StoreError` where code that the run is made of was edited since it was trained.
     """
-    cohort, line = store.find(run)
+    cohort, line = (store if isinstance(store, Store) else Store(store)).find(str(run))
     cohort.check_code(line["slot"])
     spec = cohort.specs()[line["slot"]]
     if step is not None and step not in cohort.weight_steps():

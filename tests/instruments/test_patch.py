@@ -1,6 +1,7 @@
 """Patched attention: in the hand-made iteration head, what each patch must leave follows from the circuit."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -193,7 +194,10 @@ def test_losses_of_held_out_rows_know_no_weights_of_training() -> None:
     found = []
     for run in (RUNS["no fetch"], weighted):
         rows = draw_set(run.task, "test", jax.random.key(1), 32, prepare(run.task))
-        patched = Patch(patterns=("uniform",), examples=32).apply(run, NETWORKS["no fetch"], prepare(run.task), jax.random.key(2))
+        patch = functools.partial(Patch(patterns=("uniform",), examples=32).apply, run, data=prepare(run.task), key=jax.random.key(2))
+        patched = jax.jit(patch)(NETWORKS["no fetch"])
         found.append((patched, Network(run, 2, NETWORKS["no fetch"]).score(32)))
         assert (rows.weights is None) == (run is RUNS["no fetch"])
     assert jax.tree.all(jax.tree.map(np.array_equal, *found))
+    with pytest.raises(Invalid, match=r"^count: -1 is not allowed; allowed: 1 or more$"):
+        Network(weighted, 2, NETWORKS["no fetch"]).examples(-1)
