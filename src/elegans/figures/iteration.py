@@ -311,5 +311,5 @@ where {COUNTED} and r.task = 'polynomial' and "task.cot" and "model.layers" = 2 
     for axis, ticks in ((axes[0].xaxis, widths), (axes[1].xaxis, lengths), (axes[1].yaxis, [d.min() / 2, *widths, 2 * d.max()])):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes[1].set_title(f"exponent {best.b:.2f} {low:.2f}–{high:.2f}")
+    axes[1].set_title(f"exponent {best.b:.2f} [{low:.2f}, {high:.2f}]")
     return figure, pa.Table.from_pylist([{"c": best.c, "b": best.b, "b_low": float(low), "b_high": float(high), "k": best.k}])
