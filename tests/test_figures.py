@@ -26,6 +26,7 @@ from elegans.figures import (
 from elegans.figures.catalogue import columns
 from elegans.figures.effects import leads_of
 from elegans.figures.maps import probe_maps
+from elegans.figures.paper import _maps
 from elegans.instruments import Transition, measure
 from elegans.instruments.crossings import interval
 
@@ -290,6 +291,29 @@ def test_paper_figures_come_as_png_and_pdf(papers):
 def test_the_same_store_gives_the_same_paper_figures(store, papers, tmp_path):
     again = save_paper_figures(store, tmp_path)
     assert [p.read_bytes() for p in again] == [p.read_bytes() for p in papers]
+
+
+def test_a_figure_of_probes_has_a_row_for_every_group_of_runs(store, tables, runs):
+    """Means of the runs of one group that learned, said as such: groups are never averaged together."""
+    by = runs.differing[0]
+    found = _maps(tables, runs, "carry", by)
+    values = sorted({f.fields[by] for f in runs.facts.values()})
+    assert len(values) > 1
+    for value, (name, maps) in zip(values, found.items(), strict=True):
+        members = [run for run, f in runs.facts.items() if f.fields[by] == value]
+        chosen = sorted(set(members) & set(runs.learned)) or members
+        assert name == f"{runs.short(by)} {value:g}\n{len(chosen)} of {len(members)} runs"
+        alone = store.sql(f"""select avg(accuracy) as y from probe where feature = 'carry' and site = '{maps.sites[-1]}' and "index" = 0
+        and run in ({", ".join(map(repr, chosen))}) and step = (select max(step) from probe)""")["y"][0].as_py()
+        last = [z for title, z in maps.panels if title.startswith("step")][-1]
+        np.testing.assert_allclose(last[-1, 0], alone, rtol=1e-6)
+
+
+def test_leads_of_groups_without_runs_that_are_shown_are_left_out(tables):
+    rows = tables.ask(queries.LEAD)
+    other = rows.set_column(rows.column_names.index("group"), "group", pa.array(["steps=400"] * rows.num_rows))
+    found = [[lead.name for lead in leads(some, tables.ask(queries.TRANSITION))] for some in (rows, pa.concat_tables([other, rows]))]
+    assert found[0] == found[1] and len(found[0]) == rows.num_rows
 
 
 def test_controls_that_were_not_measured_leave_their_panels_empty(tmp_path):

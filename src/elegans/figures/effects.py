@@ -65,13 +65,14 @@ def leads_of(tables: Tables) -> list[Lead]:
 
 
 def leads(rows: pa.Table, each: pa.Table) -> list[Lead]:
-    """Rows of the table `lead`, each with its runs' own leads (rows of `transition`: group, feature, lead)."""
+    """Rows of the table `lead` of groups that are shown, each with its runs' own leads (rows of `transition`: group, feature, lead)."""
+    shown = set(each["group"].to_pylist())
     own: dict[tuple[str, str], list[float]] = {}
     for row in each.to_pylist():
         if (value := number(row["lead"])) is not None:
             own.setdefault((row["group"], row["feature"]), []).append(value)
     found = []
-    for row in rows.to_pylist():
+    for row in (row for row in rows.to_pylist() if not shown or row["group"] in shown):
         single = np.array(own.get((row["group"], row["feature"]), []), float)
         mean, low, high = (number(row[name]) for name in ("mean", "low", "high"))
         counts = int(row["runs"] or 0), int(row["of"] or 0)

@@ -48,16 +48,15 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Figure]:
     drawn: dict[str, Figure] = {}
+    by = next(iter(fields_first(runs, tables)), None)
     if "metrics" in tables.names:
         rows = tables.ask(queries.curves("validation"))
-        by = next(iter(fields_first(runs, tables)), None)
         for value, name in (("loss", "loss"), ("exact_match", "exact-match")):
             drawn |= {name: curves(data, runs, value, by)} if (data := series(rows, value)) else {}
     if "probe" in tables.names:
-        where = queries.among(runs.learned, len(runs.facts)) if runs.learned else "true"
         for feature in tables.ask(queries.FEATURES)["feature"].to_pylist():
-            rows = tables.ask(queries.probe_map(feature, where, tables.left_out))
-            drawn |= {f"probe-{_file_name(feature)}": probe_map(probe_maps(rows), feature)} if rows.num_rows else {}
+            maps = _maps(tables, runs, feature, by)
+            drawn |= {f"probe-{_file_name(feature)}": probe_map(maps, feature)} if maps else {}
     if found := leads_of(tables):
         drawn["lead"] = lead_forest(found)
     if "ablate" in tables.names:
@@ -67,6 +66,19 @@ def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Figure]:
         measured = [run for run in (*runs.learned, *runs.facts) if tables.ask(queries.attention(run)).num_rows]
         drawn |= {"attention": attention_map(attention_grid(tables.ask(queries.attention(measured[0]))))} if measured else {}
     return drawn
+
+
+def _maps(tables: Tables, runs: Catalogue, feature: str, by: str | None) -> dict[str, ProbeMaps]:
+    """Probes of a feature in every group of runs, by the group and how many of its runs are averaged: those that learned, if any did."""
+    grouping, found = runs.grouping(by), {}
+    for label in grouping.labels:
+        members = [run for run in runs.facts if grouping.of[run] == label]
+        chosen = [run for run in members if run in runs.learned] or members
+        rows = tables.ask(queries.probe_map(feature, queries.among(chosen, len(runs.facts)), tables.left_out))
+        if rows.num_rows:
+            name = f"{grouping.title} {label}" if by else label
+            found[f"{name}\n{len(chosen)} of {len(members)} runs"] = probe_maps(rows)
+    return found
 
 
 def _file_name(feature: str) -> str:
@@ -116,24 +128,35 @@ def _step_axis(axes: Axes, steps: np.ndarray) -> None:
     axes.set_xlabel("optimiser step")
 
 
-def probe_map(maps: ProbeMaps, feature: str) -> Figure:
-    """Site by bit at a few steps, beside the untrained network, random labels and chance."""
-    figure, grid = _blank(0.9 + 0.14 * len(maps.sites), ncols=len(maps.panels), sharey=True, squeeze=False)
-    for axes, (name, z) in zip(grid[0], maps.panels, strict=True):
-        axes.set_facecolor("#DDDDDD")
-        image = axes.imshow(
-            np.ma.masked_invalid(z), origin="lower", aspect="auto", vmin=maps.low, vmax=1, cmap="viridis", interpolation="nearest"
-        )
-        axes.set_title(name.replace("random ", "random\n"), fontsize=6.5)
-        shown = np.unique(np.linspace(0, len(maps.index) - 1, min(3, len(maps.index))).round().astype(int))
-        axes.set_xticks(shown, [str(maps.index[i]) for i in shown])
-        axes.set_yticks(range(len(maps.sites)), maps.sites)
-        axes.tick_params(length=1.5)
-        if np.isnan(z).all():
-            axes.text(0.5, 0.5, "not\nmeasured", transform=axes.transAxes, ha="center", va="center", fontsize=6)
+def probe_map(groups: dict[str, ProbeMaps], feature: str) -> Figure:
+    """Site by bit at a few steps, beside the untrained network, random labels and chance; a row for each group of runs."""
+    across, sites = max(len(m.panels) for m in groups.values()), max(len(m.sites) for m in groups.values())
+    figure, grid = _blank((0.9 + 0.14 * sites) * len(groups), nrows=len(groups), ncols=across, squeeze=False)
+    low = min(maps.low for maps in groups.values())
+    for row, (group, maps) in zip(grid, groups.items(), strict=True):
+        for axes, (name, z) in zip(row, maps.panels, strict=False):
+            image = _probe_panel(axes, maps, name, z, low)
+            if axes is not row[0]:
+                axes.set_yticklabels([])
+        for axes in row[len(maps.panels) :]:
+            axes.set_axis_off()
+        row[0].set_ylabel(group, fontsize=6.5)
     figure.supxlabel(f"bit of {feature}", fontsize=8)
-    figure.colorbar(image, ax=list(grid[0]), label="probe accuracy", pad=0.01, aspect=15)
+    figure.colorbar(image, ax=grid.ravel().tolist(), label="probe accuracy", pad=0.01, aspect=15)
     return figure
+
+
+def _probe_panel(axes: Axes, maps: ProbeMaps, name: str, z: np.ndarray, low: float) -> Any:
+    axes.set_facecolor("#DDDDDD")
+    image = axes.imshow(np.ma.masked_invalid(z), origin="lower", aspect="auto", vmin=low, vmax=1, cmap="viridis", interpolation="nearest")
+    axes.set_title(name.replace("random ", "random\n"), fontsize=6.5)
+    shown = np.unique(np.linspace(0, len(maps.index) - 1, min(3, len(maps.index))).round().astype(int))
+    axes.set_xticks(shown, [str(maps.index[i]) for i in shown])
+    axes.set_yticks(range(len(maps.sites)), maps.sites)
+    axes.tick_params(length=1.5)
+    if np.isnan(z).all():
+        axes.text(0.5, 0.5, "not\nmeasured", transform=axes.transAxes, ha="center", va="center", fontsize=6)
+    return image
 
 
 def attention_map(made: AttentionGrid) -> Figure:
