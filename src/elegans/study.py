@@ -33,7 +33,7 @@ from elegans.training.cohort import Programs, group, resolve
 from elegans.training.cost import flops_per_step, rates_of
 from elegans.training.device import choose, memory_budget, provenance
 from elegans.training.planner import CohortPlan, divide, plan, seconds
-from elegans.training.run import Run, is_seed
+from elegans.training.run import Run, unseeded
 from elegans.training.train import Checkpoint, Compiled, Progress, train_cohort
 from elegans.training.transfer import depth, inherited, lineage
 
@@ -124,12 +124,15 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
     """
     check_study(study)
     networks = _of_networks(study)
-    if not options.get("again"):
+    if networks and not options.get("again"):
         _check_rows(networks, study.runs, Path(path))
 
     def look() -> None:
-        for instrument in networks:  # what else is in the store may be nothing that these can measure
-            measure(instrument, Store(path).only(study.runs), listener)
+        if not networks:
+            return
+        mine = Store(path).only(study.runs)  # what else is in the store may be nothing that these can measure
+        for instrument in networks:
+            measure(instrument, mine, listener)
 
     def conclude(store: Store) -> None:
         noted = store.path / "study.json"
@@ -159,9 +162,11 @@ def check_study(study: Study) -> None:
     """Raises `Invalid` for a study without runs, and for an instrument that does not fit them; compiles next to nothing."""
     if not study.runs:
         raise Invalid("runs", [], "a study needs at least one run")
-    networks, structures = _of_networks(study), group(study.runs)
-    if networks:
-        check_custom(run.task for run in study.runs)  # instruments ask them for their truth
+    networks = _of_networks(study)
+    if not networks:
+        return
+    check_custom(run.task for run in study.runs)  # instruments ask them for their truth
+    structures = group(study.runs)
     for instrument in networks:
         instrument.check_names(resolve(run) for run in study.runs)
         for members in structures:
@@ -191,12 +196,8 @@ def draw_study(study: Study, path: str | Path, folder: str | Path) -> list[Path]
 
 def _drawn(study: Study, store: Store) -> list[Run]:
     """The runs of a store that are a study's but for their seeds, under its labels."""
-
-    def unseeded(spec: dict[str, Any]) -> str:
-        return json.dumps({k: v for k, v in specs.flat(spec).items() if not is_seed(k)}, sort_keys=True)
-
-    labels = {unseeded(specs.to_dict(run)): run.label for run in study.runs}
-    found = [(line["spec"], unseeded(line["spec"])) for line in store.lines()]
+    labels = {json.dumps(unseeded(specs.to_dict(run)), sort_keys=True): run.label for run in study.runs}
+    found = [(line["spec"], json.dumps(unseeded(line["spec"]), sort_keys=True)) for line in store.lines()]
     return [specs.from_dict(Run, spec | {"label": labels[like]}) for spec, like in found if like in labels]
 
 

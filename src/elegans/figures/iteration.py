@@ -17,8 +17,8 @@ from scipy import optimize
 
 from elegans.errors import StoreError
 from elegans.figures import style
+from elegans.figures.catalogue import COVERAGE
 from elegans.figures.lines import (
-    CONFIDENCE,
     Draw,
     Drawn,
     Lines,
@@ -61,7 +61,7 @@ def emergence(store: Store) -> Drawn:
     known = [pair for found in pairs.values() for pair in found]
     if known:
         axes[2].axline((min(a for pair in known for a, _ in pair),) * 2, slope=1, color=style.GREY, linewidth=0.8)
-        later = _interval(spanning([(a - d, b - c) for (a, b), (c, d) in known], CONFIDENCE))
+        later = _interval(spanning([(a - d, b - c) for (a, b), (c, d) in known], COVERAGE))
         both = ", ".join(f"{label} {len(found)} of {len(exact[label].runs)}" for label, found in pairs.items())
         axes[2].set_title(f"after the head by\n{later} {unit}s\n({both})", fontsize=5.5)
     axes[2].set(xlabel=f"exact match 0.5 ({unit})", ylabel=f"peakiness 0.5 ({unit})")
@@ -291,7 +291,7 @@ where {COUNTED} and r.task = 'polynomial' and "task.cot" and "model.layers" = 2 
     generator, best = np.random.default_rng(0), fit_law(d, n, y)
     picks = [np.concatenate([generator.choice(cell, len(cell)) for cell in cells]) for _ in range(draws)]
     fits = [fit_law(d[i], n[i], y[i]) for i in picks]
-    low, high = np.quantile([fit.b for fit in fits], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.quantile([fit.b for fit in fits], [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     figure, axes = panels(2)
     widths, lengths = np.geomspace(d.min(), d.max(), 50), np.unique(n)
     for colour, length in zip(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(lengths))), lengths, strict=True):
@@ -300,7 +300,7 @@ where {COUNTED} and r.task = 'polynomial' and "task.cot" and "model.layers" = 2 
     axes[0].legend(loc="best", fontsize=5.5)
     axes[0].set(xscale="log", xlabel="d_model", ylabel="exact match, test", ylim=(-0.03, 1.03))
     along = np.geomspace(lengths.min(), lengths.max(), 50)
-    every = np.quantile([fit.half(along) for fit in fits], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    every = np.quantile([fit.half(along) for fit in fits], [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], axis=0)
     axes[1].fill_between(along, *every, color=style.BLUE, alpha=0.2, linewidth=0)
     axes[1].plot(along, best.half(along), color=style.BLUE)
     axes[1].set(xscale="log", yscale="log", xlabel="inputs of the longest row", ylabel="d_model, half are right")

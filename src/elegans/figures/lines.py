@@ -22,12 +22,13 @@ from matplotlib.figure import Figure
 
 from elegans.errors import StoreError
 from elegans.figures import style
+from elegans.figures.catalogue import COVERAGE
 from elegans.figures.effects import jitter
 from elegans.figures.paper import LOOK, WIDTH, diamond, name_rows, save
 from elegans.instruments.crossings import SHARE, Bracket, bracket, interval, median
 from elegans.store import Store
 
-CONFIDENCE, LEARNED = 0.95, 0.9  # coverage; exact match that counts as learned
+LEARNED = 0.9  # exact match that counts as learned
 ENDS = ("mean", "low", "high")
 Drawn = tuple[Figure, pa.Table]
 Draw = Callable[[Store], Drawn]
@@ -70,7 +71,7 @@ class Lines:
     @property
     def half(self) -> Float[np.ndarray, " moment"]:
         """Half the width of the interval; NaN for fewer than three runs."""
-        found = [interval(each[np.isfinite(each)], CONFIDENCE) for each in self.values.T]
+        found = [interval(each[np.isfinite(each)], COVERAGE) for each in self.values.T]
         return np.array([np.nan if high is None else high - mean for mean, _, high in found])
 
     @property
@@ -174,7 +175,7 @@ def draw_lines(
 
 def share_of(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """Mean and interval of what is between 0 and 1."""
-    return interval(values, CONFIDENCE, within=SHARE)
+    return interval(values, COVERAGE, within=SHARE)
 
 
 def draw_strips(
@@ -207,7 +208,7 @@ def draw_times(axes: Axes, found: Mapping[str, Lines], unit: str) -> None:
     """When runs first had the exact match that counts as learned: medians, those that never had it later than any; and how many had."""
     times = {label: [math.inf if t is None else t for t in each.first(LEARNED)] for label, each in found.items()}
     notes = {label: f"{sum(map(math.isfinite, each))}/{len(each)}" for label, each in times.items()}
-    draw_strips(axes, times, f"first {unit} of exact match {LEARNED:g}", notes, lambda each: median(each, CONFIDENCE))
+    draw_strips(axes, times, f"first {unit} of exact match {LEARNED:g}", notes, lambda each: median(each, COVERAGE))
 
 
 def draw_table(axes: Axes, values: Float[np.ndarray, "row column"], rows: Sequence[str], columns: Sequence[Any], texts: Any = None) -> None:

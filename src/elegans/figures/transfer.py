@@ -11,8 +11,9 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 
 from elegans.figures import style
+from elegans.figures.catalogue import COVERAGE
 from elegans.figures.effects import jitter
-from elegans.figures.lines import CONFIDENCE, ENDS, LEARNED, Drawn, Lines, draw_lines, exact_match, moment, panels, summary
+from elegans.figures.lines import ENDS, LEARNED, Drawn, Lines, draw_lines, exact_match, moment, panels, summary
 from elegans.figures.paper import diamond, name_rows
 from elegans.instruments.crossings import Bracket, interval, spanning
 from elegans.store import Store
@@ -76,11 +77,11 @@ def mean(found: Sequence[Bracket]) -> dict[str, Any]:
     ends: tuple[float | None, ...]
     bound: str | None
     if below and above:
-        ends, bound = spanning(found, CONFIDENCE), None
+        ends, bound = spanning(found, COVERAGE), None
     elif below:
-        ends, bound = (*interval(lows, CONFIDENCE)[:2], None), "at least"
+        ends, bound = (*interval(lows, COVERAGE)[:2], None), "at least"
     elif above:
-        ends, bound = (float(np.mean(highs)), None, interval(highs, CONFIDENCE)[2]), "at most"
+        ends, bound = (float(np.mean(highs)), None, interval(highs, COVERAGE)[2]), "at most"
     else:
         ends, bound = (None, None, None), "unknown"
     return dict(zip(ENDS, [None if v is None else 10**v for v in ends], strict=True)) | {"bound": bound}

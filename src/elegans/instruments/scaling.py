@@ -20,7 +20,7 @@ from elegans.randomness import stable_hash
 from elegans.specs import field, identity, spec
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import LENGTHS, is_seed
+from elegans.training.run import LENGTHS, unseeded
 
 FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
 from metrics group by run, split order by run, split"""  # the last scores that are not null
@@ -222,7 +222,7 @@ def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
 
 def _fields(spec: dict[str, Any]) -> dict[str, Any]:
     """What is chosen at a budget: every field but seeds, lengths and what is recorded."""
-    return {k: v for k, v in specs.flat(spec).items() if not k.startswith("record") and not is_seed(k) and k not in LENGTHS}
+    return {k: v for k, v in unseeded(spec).items() if not k.startswith("record") and k not in LENGTHS}
 
 
 def _shown(fields: dict[str, Any]) -> str:

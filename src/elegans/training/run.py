@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -12,7 +11,7 @@ import numpy as np
 
 from elegans.errors import Invalid
 from elegans.models import Model
-from elegans.specs import INT_LIMIT, Spec, field, identity, note, spec, varies
+from elegans.specs import INT_LIMIT, Spec, field, flat, identity, note, spec, varies
 from elegans.tasks import Task
 from elegans.training.optimisers import AdamW, Optimizer
 from elegans.training.step import Update
@@ -82,6 +81,11 @@ LENGTHS = ("steps", "examples", "epochs", "flops")  # a run gives exactly one
 def is_seed(name: str) -> bool:
     """Whether a dotted field is a seed, the run's or a parent's."""
     return name.split(".")[-1] in SEEDS
+
+
+def unseeded(spec: dict[str, Any]) -> dict[str, Any]:
+    """The dotted fields of a run's plain data but for seeds: equal of runs that differ in seeds alone, their own or their parents'."""
+    return {name: value for name, value in flat(spec).items() if not is_seed(name)}
 
 
 def differing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -169,7 +173,3 @@ class Run(Spec):
     @property
     def id(self) -> str:
         return identity(self)
-
-    def unseeded(self) -> Run:
-        """The run with the first seeds, and its parents too: what runs have in common that differ in seeds alone."""
-        return dataclasses.replace(self, seed=0, data_seed=None, init_seed=None, after=self.after and self.after.unseeded())
