@@ -1,5 +1,7 @@
 """Figures draw what is in the rows: levels at their heights, gaps where nothing was measured, quantiles of many."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -307,6 +309,11 @@ def test_a_figure_of_probes_has_a_row_for_every_group_of_runs(store, tables, run
         and run in ({", ".join(map(repr, chosen))}) and step = (select max(step) from probe)""")["y"][0].as_py()
         last = [z for title, z in maps.panels if title.startswith("step")][-1]
         np.testing.assert_allclose(last[-1, 0], alone, rtol=1e-6)
+
+
+def test_probes_of_a_group_in_which_none_learned_say_so(tables, runs):
+    none = Catalogue({run: dataclasses.replace(f, loss=f.plateau, exact_match=0.0) for run, f in runs.facts.items()})
+    assert list(_maps(tables, none, "carry", None)) == [f"all runs\n{len(runs.facts)} runs, none learned"]
 
 
 def test_leads_of_groups_without_runs_that_are_shown_are_left_out(tables):

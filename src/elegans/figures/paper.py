@@ -73,11 +73,11 @@ def _maps(tables: Tables, runs: Catalogue, feature: str, by: str | None) -> dict
     grouping, found = runs.grouping(by), {}
     for label in grouping.labels:
         members = [run for run in runs.facts if grouping.of[run] == label]
-        chosen = [run for run in members if run in runs.learned] or members
-        rows = tables.ask(queries.probe_map(feature, queries.among(chosen, len(runs.facts)), tables.left_out))
+        learned = [run for run in runs.learned if grouping.of[run] == label]
+        rows = tables.ask(queries.probe_map(feature, queries.among(learned or members, len(runs.facts)), tables.left_out))
         if rows.num_rows:
-            name = f"{grouping.title} {label}" if by else label
-            found[f"{name}\n{len(chosen)} of {len(members)} runs"] = probe_maps(rows)
+            averaged = f"{len(learned)} of {len(members)} runs" if learned else f"{len(members)} runs, none learned"
+            found[f"{grouping.title} {label}\n{averaged}" if by else f"{label}\n{averaged}"] = probe_maps(rows)
     return found
 
 
