@@ -6,23 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 import elegans as el
 from elegans import MLP, LayerNorm, RMSNorm, SwiGLU, Transformer
 from elegans.models import fused, fused_mlp
 from elegans.models.base import Context, Sizes
 from elegans.models.fused_mlp import Formula
-
-BF16 = 2.0**-8  # relative step of bfloat16
-
-
-def close(got, want, steps=2):
-    """Whether all arrays are their oracle's, up to some steps of bfloat16 of its length."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
-        assert a.shape == b.shape
-        assert np.linalg.norm(a - b) < steps * BF16 * np.linalg.norm(b)
+from kernels import BF16, close, kernels_in
 
 
 def made(norm, mlp, d, bias, *lead):
@@ -103,20 +93,11 @@ def test_every_row_may_have_a_gradient_of_its_own():
     close(*(jax.jit(jax.vmap(f, (None, 0)))(params, x) for f in of), steps=4)
 
 
-def kernels_in(jaxpr):
-    """The shapes that every call of a kernel in a program returns, without the replicas' axis."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            yield [v.aval.shape for v in eqn.outvars]
-        for inner in jaxprs_in_params(eqn.params) if eqn.primitive.name != "pallas_call" else ():
-            yield from kernels_in(inner)
-
-
 def test_weights_gradients_are_summed_in_the_kernel_and_not_row_by_row():
     """Three rows, and no kernel returns three of anything but x."""
     norm, mlp, d, *_ = CASES["rms swiglu"]
     gradient = jax.grad(functools.partial(rows_loss, functools.partial(through, norm, mlp)))
-    calls = list(kernels_in(jax.make_jaxpr(gradient)(made(norm, mlp, d, False), drawn(3, 18, d)).jaxpr))
+    calls = kernels_in(jax.make_jaxpr(gradient)(made(norm, mlp, d, False), drawn(3, 18, d)).jaxpr)
     assert len(calls) == 2
     assert {shape for call in calls for shape in call} == {(54, 20), (1, 32), (1, 32, 64), (1, 64, 32)}
 

@@ -1,8 +1,4 @@
-"""When GPU kernels stand in for formulas, how they meet `vmap`, and attention: JAX's own Pallas kernel, fit to short rows and small heads.
-
-Attention's plain formula writes scores and patterns to memory, forward and backward, and at these sizes that is most of
-a training step's traffic. The kernel keeps them in registers. Its products take bfloat16 and add in float32.
-"""
+"""When GPU kernels stand in for formulas, and how they meet `vmap`."""
 
 from __future__ import annotations
 
@@ -14,19 +10,22 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from elegans.types import Edit, no_edit
-
-BLOCK = 64  # queries and keys of one tile
-LEAST_HEAD = 16  # width of the smallest matrix product that the kernel's compiler knows
-LEAST_ROW = 32  # positions from which attention's gains: rows of 18 fill less than a third of a tile, and are 1.2 times as quick without
 
 
 def serves(dtype: str, edit: Edit) -> bool:
     """Whether kernels may stand in: bfloat16 on a GPU, and nobody edits what they would keep to themselves."""
     device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
     return dtype == "bfloat16" and edit is no_edit and device.platform == "gpu"
+
+
+def dot(a: Array, b: Array, **transposed: bool) -> Array:
+    """A product inside a kernel, added in float32."""
+    from jax.experimental.pallas import triton as plgpu
+
+    return plgpu.dot(a, b, **transposed)
 
 
 def rows_as_one(one: Callable[..., Array], name: str) -> Callable[..., Array]:
@@ -56,20 +55,3 @@ def rows_as_one(one: Callable[..., Array], name: str) -> Callable[..., Array]:
     ad.primitive_jvps[primitive] = jvp
     mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=False))
     return lambda static, x, *weights: primitive.bind(x, *weights, static=static)
-
-
-def attention(
-    q: Float[Array, "position head d_head"],
-    k: Float[Array, "position head d_head"],
-    v: Float[Array, "position head d_head"],
-    interpret: bool = False,
-) -> Float[Array, "position head d_head"]:
-    """softmax(q k / sqrt(d_head)) v, causal. `interpret` runs the kernel's meaning without a GPU."""
-    from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
-
-    length, _, width = q.shape
-    padding = ((0, -length % BLOCK), (0, 0), (0, max(0, LEAST_HEAD - width)))
-    q, k, v = (jnp.pad(x, padding)[None] for x in (q, k, v))
-    sizes = BlockSizes(**dict.fromkeys(("block_q", "block_k", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), BLOCK))
-    z = mha(q, k, v, None, sm_scale=width**-0.5, causal=True, block_sizes=sizes, interpret=interpret)
-    return z[0, :length, :, :width]

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from elegans.models import fused
+from elegans.models.fused import dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,12 +158,6 @@ class _Plan:
 # ---- inside the kernels: arrays of [row, d_model] and [row, hidden], float32 unless they enter a product
 
 
-def _dot(a: Array, b: Array, **transposed: bool) -> Array:
-    from jax.experimental.pallas import triton as plgpu
-
-    return plgpu.dot(a, b, **transposed)
-
-
 def _mask(plan: _Plan, start: Array, span: int) -> Array | None:
     """Which elements of a block of tokens there are, of programs that each take a span of them; none where all are."""
     rows = (start + jnp.arange(plan.blocks.rows) < plan.tokens)[:, None] if plan.tokens % span else None
@@ -176,8 +171,8 @@ def _read(ref: Any, at: Any, mask: Array | None) -> Array:
     return plgpu.load(ref.at[at, :], mask=mask, other=None if mask is None else 0.0)
 
 
-def _norm(plan: _Plan, w: Any, x: Array) -> tuple[Array, Array, Array]:
-    """What the MLP reads; the same before the norm's weights; and the factor that normed it."""
+def norm(plan: Any, w: Any, x: Array) -> tuple[Array, Array, Array]:
+    """What the block reads; the same before the norm's weights; and the factor that normed it."""
     f = x.astype(jnp.float32)
     if plan.formula.centred:
         f = f - f.sum(-1)[:, None] / plan.d
@@ -192,33 +187,33 @@ def _norm(plan: _Plan, w: Any, x: Array) -> tuple[Array, Array, Array]:
 def _first(plan: _Plan, w: Any, at: Any, normed: Array) -> tuple[Array, ...]:
     """The hidden units `at`, before their activation."""
     biases = {name: w[name.replace("W", "b")][at][None, :] for name in plan.first} if "b_in" in w else {}
-    made = {name: _dot(normed, w[name][:, at]) for name in plan.first}
+    made = {name: dot(normed, w[name][:, at]) for name in plan.first}
     return tuple(made[name] + biases[name] if biases else made[name] for name in plan.first)
 
 
 def _pulled(plan: _Plan, w: Any, at: Any, normed: Array, dy: Array) -> tuple[Array, tuple[Array, ...]]:
     """The hidden units `at`, and the gradients with respect to what they are made from."""
     hidden, pull = jax.vjp(ACTIVATIONS[plan.formula.activation], *_first(plan, w, at, normed))
-    made = pull(_dot(dy, w["W_out"][at, :], trans_b=True))
+    made = pull(dot(dy, w["W_out"][at, :], trans_b=True))
     return hidden.astype(jnp.bfloat16), tuple(g.astype(jnp.bfloat16) for g in made)
 
 
 def _to_normed(plan: _Plan, w: Any, at: Any, pulled: tuple[Array, ...]) -> Array:
     """What the hidden units `at` add to the gradient of what the MLP reads."""
-    parts = [_dot(g, w[name][:, at], trans_b=True) for name, g in zip(plan.first, pulled, strict=True)]
+    parts = [dot(g, w[name][:, at], trans_b=True) for name, g in zip(plan.first, pulled, strict=True)]
     return functools.reduce(jnp.add, parts)
 
 
 def _of_weights(plan: _Plan, normed: Array, dy: Array, hidden: Array, pulled: tuple[Array, ...]) -> dict[str, Array]:
     """Gradients of a tile of the MLP's weights, summed over these tokens."""
-    made = {name: _dot(normed, g, trans_a=True) for name, g in zip(plan.first, pulled, strict=True)}
-    made["W_out"] = _dot(hidden, dy, trans_a=True)
+    made = {name: dot(normed, g, trans_a=True) for name, g in zip(plan.first, pulled, strict=True)}
+    made["W_out"] = dot(hidden, dy, trans_a=True)
     if "b_in" in plan.names:
         made |= {name.replace("W", "b"): g.astype(jnp.float32).sum(0) for name, g in zip(plan.first, pulled, strict=True)}
     return made
 
 
-def _through_norm(plan: _Plan, w: Any, dn: Array, dy: Array, hat: Array, factor: Array) -> tuple[Array, dict[str, Array]]:
+def through_norm(plan: Any, w: Any, dn: Array, dy: Array, hat: Array, factor: Array) -> tuple[Array, dict[str, Array]]:
     """The gradient of x, and those of the weights of width d_model, summed over these tokens."""
     g, dy = dn * w["w"][...][None, :], dy.astype(jnp.float32)
     inner = g - hat * ((g * hat).sum(-1)[:, None] / plan.d)
@@ -237,12 +232,12 @@ def _forward_kernel(plan: _Plan, x_ref: Any, w: Any, out: Any) -> None:
     rows = pl.ds(0, plan.blocks.rows)
     mask = _mask(plan, pl.program_id(1) * plan.blocks.rows, plan.blocks.rows)
     x = _read(x_ref, rows, mask)
-    normed, _, _ = _norm(plan, w, x)
+    normed, _, _ = norm(plan, w, x)
 
     def add(i: Array, y: Array) -> Array:
         at = pl.ds(i * plan.blocks.tile, plan.blocks.tile)
         hidden = ACTIVATIONS[plan.formula.activation](*_first(plan, w, at, normed))
-        return y + _dot(hidden.astype(jnp.bfloat16), w["W_out"][at, :])
+        return y + dot(hidden.astype(jnp.bfloat16), w["W_out"][at, :])
 
     y = jax.lax.fori_loop(0, plan.tiles, add, jnp.zeros(x.shape, jnp.float32))
     y = y + w["b_out"][...][None, :] if "b_out" in w else y
@@ -257,14 +252,14 @@ def _input_kernel(plan: _Plan, x_ref: Any, dy_ref: Any, w: Any, out: Any) -> Non
     rows = pl.ds(0, plan.blocks.rows)
     mask = _mask(plan, pl.program_id(1) * plan.blocks.rows, plan.blocks.rows)
     dy = _read(dy_ref, rows, mask)
-    normed, hat, factor = _norm(plan, w, _read(x_ref, rows, mask))
+    normed, hat, factor = norm(plan, w, _read(x_ref, rows, mask))
 
     def add(i: Array, dn: Array) -> Array:
         at = pl.ds(i * plan.blocks.tile, plan.blocks.tile)
         return dn + _to_normed(plan, w, at, _pulled(plan, w, at, normed, dy)[1])
 
     dn = jax.lax.fori_loop(0, plan.tiles, add, jnp.zeros(hat.shape, jnp.float32))
-    dx, sums = _through_norm(plan, w, dn, dy, hat, factor)
+    dx, sums = through_norm(plan, w, dn, dy, hat, factor)
     plgpu.store(out["x"].at[rows, :], dx.astype(out["x"].dtype), mask=mask)
     for name, a in sums.items():
         out[name][...] = a
@@ -283,14 +278,14 @@ def _weights_kernel(plan: _Plan, x_ref: Any, dy_ref: Any, w: Any, out: Any) -> N
         rows = pl.ds(j * plan.blocks.rows, plan.blocks.rows)
         mask = _mask(plan, start + j * plan.blocks.rows, plan.span)
         dy = _read(dy_ref, rows, mask)
-        normed, hat, factor = _norm(plan, w, _read(x_ref, rows, mask))
+        normed, hat, factor = norm(plan, w, _read(x_ref, rows, mask))
         made, dn = [], jnp.zeros(hat.shape, jnp.float32)
         for at in tiles:
             hidden, pulled = _pulled(plan, w, at, normed, dy)
             made.append(_of_weights(plan, normed, dy, hidden, pulled))
             dn = dn + _to_normed(plan, w, at, pulled) if plan.at_once else dn
         if plan.at_once:
-            dx, narrow = _through_norm(plan, w, dn, dy, hat, factor)
+            dx, narrow = through_norm(plan, w, dn, dy, hat, factor)
             plgpu.store(out["x"].at[rows, :], dx.astype(out["x"].dtype), mask=mask)
             made.append(narrow)
         return jax.tree.map(jnp.add, sums, made)

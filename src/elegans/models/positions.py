@@ -30,9 +30,19 @@ class Positions(Spec):
         del params
         return x
 
+    def angles(self, length: int, d_head: int) -> Float[np.ndarray, "position pair"] | None:
+        """How far `rotate` turns each pair of coordinates at a position, in radians; none: not at all."""
+        del length, d_head
+        return None
+
     def rotate(self, x: Float[Array, "position head d_head"]) -> Float[Array, "position head d_head"]:
-        """Turn queries and keys."""
-        return x
+        """Turn queries and keys, by `angles` in the half-split layout of Llama."""
+        t, _, e = x.shape
+        if (angles := self.angles(t, e)) is None:
+            return x
+        cos, sin = (jnp.asarray(f(angles), x.dtype)[:, None] for f in (np.cos, np.sin))
+        a, b = jnp.split(x, 2, -1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
     def bias(self, length: int, heads: int) -> Float[Array, "head query key"] | None:
         """What is added to the scaled scores of a row; none: nothing. Keys after their query are masked anyway."""
@@ -46,12 +56,8 @@ class Rotary(Positions):
 
     theta: float = structure(10_000.0, "base of the wavelengths", gt=0)
 
-    def rotate(self, x: Float[Array, "position head d_head"]) -> Float[Array, "position head d_head"]:
-        t, _, e = x.shape
-        angles = np.outer(np.arange(t), self.theta ** (-np.arange(0, e, 2) / e))
-        cos, sin = (jnp.asarray(f(angles), x.dtype)[:, None] for f in (np.cos, np.sin))
-        a, b = jnp.split(x, 2, -1)
-        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+    def angles(self, length: int, d_head: int) -> Float[np.ndarray, "position pair"]:
+        return np.outer(np.arange(length), self.theta ** (-np.arange(0, d_head, 2) / d_head))
 
 
 @spec

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
-from elegans.models import fused, fused_mlp
+from elegans.models import fused, fused_attention, fused_attention_block, fused_mlp
 from elegans.models.base import Context, Dtype, FeedForward, Mixer, Model, Norm, Params, Sizes
 from elegans.models.positions import Learned, Positions, Rotary
 from elegans.specs import field, spec, structure
@@ -85,26 +86,28 @@ class Attention(Mixer):
         return made | sizes.biases(b_Q=(h, e), b_K=(h, e), b_V=(h, e), b_O=(d,))
 
     def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
-        site = context.site
-        q, k, v = (site(name, y) for name, y in zip("qkv", self._project(params, x, context), strict=True))
+        site, (h, _, e) = context.site, params["W_Q"].shape
+        qkv = self._project(params, x)
+        turn = context.positions.rotate if context.positions is not None else (lambda y: y)
+        q, k, v = (y.reshape(-1, h, e) for y in jnp.split(qkv, 3, -1))
+        q, k, v = site("q", turn(q)), site("k", turn(k)), site("v", v)
         scores = jnp.einsum("qhe,khe->hqk", q, k, preferred_element_type=jnp.float32)
-        scores = scores * (self.scale / q.shape[-1] ** 0.5)
-        bias = None if context.positions is None else context.positions.bias(*q.shape[:2])
+        scores = scores * (self.scale / e**0.5)
+        bias = None if context.positions is None else context.positions.bias(x.shape[0], h)
         scores = site("scores", scores if bias is None else scores + bias)
         causal = jnp.tri(x.shape[0], dtype=bool)
         pattern = site("pattern", jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(scores.dtype).min)).astype(x.dtype))
-        if context.fused and bias is None and x.shape[0] >= fused.LEAST_ROW:  # the kernel knows no biases
-            return _heads_out(params, fused.attention(q * jnp.asarray(self.scale, q.dtype), k, v), context)
+        if context.fused and bias is None and fused_attention.knows(context.positions, qkv, e):
+            angles = None if context.positions is None else context.positions.angles(x.shape[0], e)
+            return _heads_out(params, fused_attention.attention(qkv, h, self.scale, angles).reshape(v.shape), context)
         return _heads_out(params, jnp.einsum("hqk,khe->qhe", pattern, v), context)
 
-    def _project(self, params: Params, x: Array, context: Context) -> tuple[Array, ...]:
-        """Queries, keys and values in one product, which is one large kernel instead of three."""
+    def _project(self, params: Params, x: Float[Array, "position d_model"]) -> Float[Array, "position projected"]:
+        """Queries | keys | values of all heads, in one product, which is one large kernel instead of three."""
         h, d, e = params["W_Q"].shape
         w = jnp.concatenate([params[n].swapaxes(0, 1).reshape(d, h * e) for n in ("W_Q", "W_K", "W_V")], 1)
         b = jnp.concatenate([params[n].reshape(-1) for n in ("b_Q", "b_K", "b_V")]) if "b_Q" in params else None
-        q, k, v = (y.reshape(-1, h, e) for y in jnp.split(_linear(x, w, b), 3, -1))
-        turn = context.positions.rotate if context.positions is not None else (lambda y: y)
-        return turn(q), turn(k), v
+        return _linear(x, w, b)
 
 
 def _heads_out(params: Params, z: Float[Array, "position head d_head"], context: Context) -> Float[Array, "position d_model"]:
@@ -332,22 +335,40 @@ class Transformer(Model):
         norm = self.norm.apply if self.norm else _unnormed
         if mixer:
             read = site("ln1", norm(params["ln1"], x, context))
-            y = mixer.apply(params["attn"], read, context)
-            x = site("resid_mid", (read if self.skip == "normed" else x) + context.drop(site("attn_out", y), 0))
+            through = self._attention_kernel(mixer, x, context)
+            y = mixer.apply(params["attn"], read, dataclasses.replace(context, fused=context.fused and not through))
+            y = (read if self.skip == "normed" else x) + context.drop(site("attn_out", y), 0)
+            x = site("resid_mid", through((params["ln1"], params["attn"]), x) if through else y)
         if self.mlp:
             y = self.mlp.apply(params["mlp"], site("ln2", norm(params["ln2"], x, context)), context)
             y = x + context.drop(site("mlp_out", y), 1)
-            formula = self._kernel(x, context)
+            formula = self._mlp_kernel(x, context)
             x = fused_mlp.block(formula, params["ln2"], params["mlp"], x) if formula else y
         return site("resid", x)
 
-    def _kernel(self, x: Array, context: Context) -> fused_mlp.Formula | None:
-        """What the kernel of x + mlp(norm(x)) should compute, where it knows both parts: a subclass of them may do anything else."""
-        norm, mlp, drops = self.norm, self.mlp, self.dropout is not None and context.key is not None
-        fits = x.dtype == jnp.bfloat16 and x.shape[-1] <= fused_mlp.WIDEST
-        if not (context.fused and fits and not drops and norm and type(norm) in (RMSNorm, LayerNorm) and type(mlp) in (MLP, SwiGLU)):
+    def _formula(self, x: Array, context: Context, widest: int, activation: str = "") -> fused_mlp.Formula | None:
+        """What a kernel of x + part(norm(x)) should compute, where it may and knows the norm: a subclass of one may do anything else."""
+        norm, drops = self.norm, self.dropout is not None and context.key is not None
+        fits = x.dtype == jnp.bfloat16 and x.shape[-1] <= widest
+        if not (context.fused and fits and not drops and norm and type(norm) in (RMSNorm, LayerNorm)):
             return None
-        return fused_mlp.Formula(type(norm) is LayerNorm, norm.eps, mlp.activation if isinstance(mlp, MLP) else "swiglu")
+        return fused_mlp.Formula(type(norm) is LayerNorm, norm.eps, activation)
+
+    def _mlp_kernel(self, x: Array, context: Context) -> fused_mlp.Formula | None:
+        """The same for an MLP of the library's own."""
+        if type(self.mlp) not in (MLP, SwiGLU):
+            return None
+        return self._formula(x, context, fused_mlp.WIDEST, self.mlp.activation if isinstance(self.mlp, MLP) else "swiglu")
+
+    def _attention_kernel(self, mixer: Mixer, x: Array, context: Context) -> Callable[..., Array] | None:
+        """The same for attention: the kernel, of weights and x."""
+        formula, positions, e = self._formula(x, context, fused_attention_block.WIDEST), context.positions, self._d_head
+        knows = type(mixer) is Attention and not self.skip and fused_attention_block.fits(*x.shape, e)
+        bias = None if positions is None else positions.bias(x.shape[0], self.heads)
+        if not (formula and knows and isinstance(mixer, Attention) and bias is None and fused_attention.knows(positions, x, e)):
+            return None
+        angles = None if positions is None else positions.angles(x.shape[0], e)
+        return lambda weights, x: fused_attention_block.block(formula, weights, x, mixer.scale, angles)
 
     def probed_sites(self) -> dict[str, tuple[str, ...]]:
         per_layer = {

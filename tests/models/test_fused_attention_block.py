@@ -1,0 +1,150 @@
+"""The attention block's kernels, their meaning run without a GPU, against the plain formula in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import elegans as el
+from elegans import Attention, LayerNorm, Learned, RMSNorm, Rotary, Transformer
+from elegans.models import fused, fused_attention, fused_attention_block
+from elegans.models.base import Context, Sizes
+from elegans.models.fused_mlp import Formula
+from kernels import BF16, close, kernels_in
+
+CASES = {  # norm, scale, positions, heads, d_model, d_head, bias, length
+    "rms, one tile": (RMSNorm(), 0.7, Rotary(), 4, 16, 4, False, 18),
+    "layer with biases, two tiles, the last with one head": (LayerNorm(), 1.0, Rotary(), 3, 20, 8, True, 16),
+}
+
+
+def made(case, *lead):
+    """Random weights of a block, stacked over `lead`; none is zero or one."""
+    norm, _, _, heads, d, e, bias, _ = case
+    sizes = Sizes(2, 2, d, heads, e, bias, None)
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda key: (norm.init(key, sizes), Attention().init(key, sizes)), jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(d), len(leaves))
+    return jax.tree.unflatten(treedef, [jax.random.normal(k, (*lead, *a.shape)) * 0.3 + 0.1 for k, a in zip(keys, leaves, strict=True)])
+
+
+def drawn(*shape):
+    return jax.random.normal(jax.random.key(9), shape, jnp.bfloat16)
+
+
+def plain(case, weights, x):
+    """The components' own formula, in float32."""
+    norm, scale, positions, *_ = case
+    x, context = x.astype(jnp.float32), Context(jnp.arange(2), lambda name, y: y, positions)
+    return x + Attention(scale=scale).apply(weights[1], norm.apply(weights[0], x, context), context)
+
+
+def through(case, weights, x, interpret=True):
+    norm, scale, positions, _, _, e, _, length = case
+    formula = Formula(isinstance(norm, LayerNorm), norm.eps, "")
+    return fused_attention_block.block(formula, weights, x, scale, positions.angles(length, e), interpret)
+
+
+def gradients(block, weights, x):
+    """Of a loss of rows that share weights: no outputs weigh alike; and what the block gives."""
+
+    def loss(weights, x):
+        y = jax.vmap(block, (None, 0))(weights, x)
+        return (y.astype(jnp.float32) * (2 + jnp.sin(jnp.arange(y.size)).reshape(y.shape))).sum() / len(x), y
+
+    return jax.grad(loss, (0, 1), has_aux=True)(weights, x)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_all_gradients_are_the_formulas(case):
+    case = CASES[case]
+    weights, x = made(case), drawn(3, case[-1], case[4])
+    both = (jax.jit(functools.partial(gradients, functools.partial(f, case)))(weights, x) for f in (through, plain))
+    close(*both, steps=3)  # what a bias of keys adds to a query's scores is alike but for rotation, and its gradient mostly cancels
+
+
+@pytest.mark.slow
+def test_a_cohort_s_gradients_are_its_replicas_own():
+    """Replicas over rows, in a loop inside jit, as training does it: each replica's as if it were alone, to the bit."""
+    case = CASES["rms, one tile"]
+    weights, x = made(case, 2), drawn(2, 3, case[-1], case[4])
+    gradient = functools.partial(gradients, functools.partial(through, case))
+    _, cohort = jax.jit(lambda p, x: jax.lax.scan(lambda c, _: (c, jax.vmap(gradient)(p, x)), 0, length=1))(weights, x)
+    for i in range(2):
+        want = jax.jit(gradient)(*jax.tree.map(lambda a, i=i: a[i], (weights, x)))
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(np.asarray(a[0, i]), np.asarray(b)), cohort, want)
+
+
+def test_weights_gradients_are_no_work_of_kernels():
+    """Three rows: kernels give what has a row's positions, and sums of width d_model."""
+    case = CASES["rms, one tile"]
+    program = jax.make_jaxpr(functools.partial(gradients, functools.partial(through, case)))(made(case), drawn(3, 18, 16)).jaxpr
+    calls = kernels_in(program)
+    assert len(calls) == 2
+    assert {shape for call in calls for shape in call} == {(54, 16), (54, 48), (3, 16)}
+
+
+LOWERED = [(RMSNorm(), 1.0, Rotary(), 4, d, d // 4, False, 51) for d in (16, 64)] + [(LayerNorm(), 1.0, Learned(), 1, 32, 32, True, 33)]
+
+
+@pytest.mark.parametrize("case", LOWERED, ids=str)
+def test_kernels_lower_for_a_gpu_without_one(case):
+    """Every operation in them is one that Triton knows, for two replicas of rows."""
+    gradient = jax.jit(jax.vmap(functools.partial(gradients, functools.partial(through, case, interpret=False))))
+    try:
+        text = gradient.trace(made(case, 2), drawn(2, 3, case[-1], case[4])).lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:  # later versions of JAX compile kernels as they lower them, with CUDA's plugin
+        pytest.skip(str(error))
+    assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2
+
+
+# ---- in the model
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """As on a GPU, the kernels interpreted; how often the block was asked for."""
+    asked, kernel, attention = [], fused_attention_block.block, fused_attention.attention
+
+    def block(*args):
+        asked.append(args[0])
+        return kernel(*args, interpret=True)
+
+    monkeypatch.setattr(fused, "serves", lambda dtype, edit: dtype == "bfloat16")
+    monkeypatch.setattr(fused_attention, "LEAST_ROW", 9)
+    monkeypatch.setattr(fused_attention, "attention", functools.partial(attention, interpret=True))
+    monkeypatch.setattr(fused_attention_block, "block", block)
+    return asked
+
+
+def test_a_model_gives_the_same_through_the_kernel(served, monkeypatch):
+    """The trace still has what the kernel skips."""
+    model = Transformer(layers=1, d_model=20, heads=2, attention=Attention(scale=0.7), mlp=None, bias=True, dtype="bfloat16")
+    params, tokens = model.init(jax.random.key(0), 5, 9), jnp.arange(9) % 5
+    through, traced = jax.jit(model.apply)(params, tokens)
+    assert served == [Formula(False, 1e-5, "")]
+    monkeypatch.setattr(fused, "serves", lambda dtype, edit: False)
+    logits, trace = jax.jit(lambda p, t: model.apply(p, t))(params, tokens)
+    assert np.linalg.norm(np.asarray(through - logits)) < 4 * BF16 * np.linalg.norm(np.asarray(logits))
+    for site in ("ln1.0", "q.0", "pattern.0"):
+        assert np.array_equal(trace[site], traced[site])
+
+
+@el.spec
+class Louder(Attention):
+    """A component of a user's own, which the kernel cannot know."""
+
+    def apply(self, params, x, context):
+        return 2 * super().apply(params, x, context)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"attention": Louder()}, {"norm": None}, {"skip": "normed"}, {"d_model": 80}, {"heads": 1, "d_head": 34}, {"dropout": 0.1}],
+    ids=str,
+)
+def test_what_the_kernel_does_not_know_takes_another_way(change, served):
+    model = Transformer(**{"layers": 1, "d_model": 16, "heads": 2, "mlp": None, "dtype": "bfloat16"} | change)
+    jax.eval_shape(lambda key: model.apply(model.init(key, 5, 9), jnp.arange(9) % 5, key=key), jax.random.key(0))
+    assert not served
