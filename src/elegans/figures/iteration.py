@@ -246,6 +246,8 @@ def mixing(store: Store) -> Drawn:
     figure, axes = panels(2)
     draw_lines(axes[0], alone, "exact match, parity alone", moment(store)[1])
     draw_times(axes[1], alone, moment(store)[1])
+    for name in axes[1].get_yticklabels():
+        name.set_color(colours(alone)[name.get_text()])  # the key to both panels
     return figure, summary(parity=alone)
 
 
