@@ -37,6 +37,7 @@ from elegans import (
     MinimumSpanningTree,
     Mixture,
     Multiplication,
+    Never,
     Parity,
     Polynomial,
     Record,
@@ -177,8 +178,10 @@ CASES: dict[type[Spec], dict[str, list[Pair]]] = {
     LogSpaced: at("record.evaluate", {"per_decade": [1]}, on("record.evaluate", LogSpaced(5))),
     Every: at("record.evaluate", {"steps": [2]}),
     At: at("record.evaluate", {"steps": [(2, 4)]}, on("record.evaluate", At((1,)))),
+    Never: {},
     Record: at(
-        "record", {"train": [Every(1)], "evaluate": [Every(2)], "weights": [Every(2), None], "examples": [5], "by_position": [False]}
+        "record",
+        {"train": [Every(1)], "evaluate": [Every(2)], "weights": [Every(2), None, Never()], "examples": [5], "by_position": [False]},
     ),
     Run: {
         "task": [(BASE, on("task", Parity(length=5)))],

@@ -19,7 +19,7 @@ _HOME = {
     "tasks": "ActivitySelection Addition BinaryCopy BitParity BreadthFirstSearch Curriculum DepthFirstSearch GraphTask InnerProduct "
     "IterativeTask LongestCommonSubsequence Majority MajorityOfMajority MaximumSubarray MinimumSpanningTree Mixture "
     "Multiplication Parity Polynomial Several ShortestPath Sorting Split Task TopologicalSort check_task",
-    "training": "AdamW At Constant Cosine Every Linear Lion LogSpaced Optimizer Record Run SGD Schedule State Update WSD When follow",
+    "training": "AdamW At Constant Cosine Every Linear Lion LogSpaced Never Optimizer Record Run SGD Schedule State Update WSD When follow",
     "types": "Example Trace Truth",
 }
 _WHERE = {name: f"elegans.{module}" for module, names in _HOME.items() for name in names.split()}

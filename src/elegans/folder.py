@@ -131,8 +131,8 @@ class Cohort:
         return {stop for _, stop, _ in json.loads((self.path / "plan.json").read_text())["segments"]}
 
     def passing(self) -> dict[int, Path]:
-        """States by step, in order, that are there to resume from alone: none of a run's end."""
-        stops = self.stops()
+        """States by step, in order, that are there to resume from alone: none of a run's end, if it keeps its weights."""
+        stops = self.stops() if self.first().kept_steps else set()
         return {_step(p): p for p in sorted(self.path.glob("state-*.safetensors")) if _step(p) not in stops}
 
     def newest_state(self) -> tuple[int, dict[str, np.ndarray]] | None:
@@ -197,9 +197,10 @@ class Writer:
                 write_table(path, _arrow(parts))
                 self.digests[path.name] = file_digest(path)
                 parts.clear()
-        state = self.cohort.path / f"state-{event.step:010d}.safetensors"
-        write_json(_parts(state), self.digests)  # apart from the state, whose bytes do not hang on when others were written
-        write_arrays(state, state_to_arrays(self.run, event.states), {})
+        if self.run.kept_steps or event.step != max(self.stops):  # else nobody needs the last state
+            state = self.cohort.path / f"state-{event.step:010d}.safetensors"
+            write_json(_parts(state), self.digests)  # apart from the state, whose bytes do not hang on when others were written
+            write_arrays(state, state_to_arrays(self.run, event.states), {})
         self.step = event.step
         self.close(event.states.diverged)
 

@@ -10,7 +10,7 @@
         positions-<from>-<to>.parquet    run, step, split, position, loss
         metrics.parquet, positions.parquet  the same, merged, once the cohort is finished
         weights-<step>.safetensors       recorded parameters, stacked over replicas
-        state-<step>.safetensors         parameters and optimiser: to resume from, and the final ones
+        state-<step>.safetensors         parameters and optimiser: to resume from, and the final ones (but for `Never`)
         parts-<step>.json                digests of the rows that go with a state, until the cohort is finished
         status.json                      step, finished, diverged runs, whether it was recompiled
         timings.jsonl                    wall-clock, apart from everything reproducible

@@ -165,6 +165,8 @@ def check_study(study: Study) -> None:
     networks = _of_networks(study)
     if not networks:
         return
+    if not any(run.kept_steps for run in study.runs):
+        raise Invalid("record.weights", "never", f"{networks[0].kind} measures networks: keep weights, or leave it out")
     check_custom(run.task for run in study.runs)  # instruments ask them for their truth
     structures = group(study.runs)
     for instrument in networks:
@@ -372,7 +374,7 @@ def _train(store: Store, cohort: Cohort, planned: CohortPlan, ahead: Ahead, unti
         writer.close(states.diverged)
     listener("cohort", (cohort, planned, step))
     rest = 0.0  # no checkpoint before then, but for those that hold the last state of some run
-    ends = {s.stop for s in planned.segments}
+    ends = {s.stop for s in planned.segments} if planned.runs[0].kept_steps else {planned.steps}
     began, spent = time.perf_counter(), dict.fromkeys(("training", "compiling", "ahead"), 0.0)
     inherit = functools.partial(_inherit, store, planned.runs) if depth(planned.runs[0]) else None
     for event in train_cohort(planned, ahead, step, states, inherit):

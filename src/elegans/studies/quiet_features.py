@@ -13,7 +13,8 @@ fresh data, AdamW with warm-up and cosine. Every configuration is a run of its o
 seeds of one architecture train in one cohort, so that the grid is 280 programs. Three seeds up to 1e13 FLOPs, one beyond.
 `scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss.
 
-Of a store of the grid, too: `elegans measure probe STORE at=final`, then `elegans measure across_compute STORE`.
+Weights of the grid are not kept: a state of its largest model has 600 MB, and would take longer to write than most runs take to
+train. Networks are probed in `within` and `across`; `record.weights=none` keeps the grid's final ones for `elegans measure`.
 `elegans draw STORE` draws the paper's figures from the store's rows: scaling, quiet and loud features, ablations.
 
 Cost: stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine, with
@@ -52,7 +53,7 @@ from elegans.tasks import (
     Task,
     TopologicalSort,
 )
-from elegans.training import AdamW, At, Constant, Cosine, LogSpaced, Record, Run
+from elegans.training import AdamW, At, Constant, Cosine, LogSpaced, Never, Record, Run
 
 TASKS = (
     *(Addition(length=16), Multiplication(length=16), MajorityOfMajority(length=32)),
@@ -92,7 +93,7 @@ def configurations(task: Task) -> Iterator[Run]:
         model=Transformer(layers=4, d_model=8, heads=4, dtype="bfloat16"),
         optim=AdamW(schedule=Cosine(warmup=0.1, start=0.01, end=0.1)),
         flops=1e9,
-        record=Record(train=LogSpaced(per_decade=10), evaluate=At(), examples=1000, by_position=False),
+        record=Record(train=LogSpaced(per_decade=10), evaluate=At(), weights=Never(), examples=1000, by_position=False),
         label="{task} d={model.d_model} L={model.layers} B={batch} lr={optim.lr} C={flops} seed={seed}",
     )
     axes = {"model.d_model": WIDTHS, "model.layers": DEPTHS, "batch": BATCHES, "optim.lr": RATES}
@@ -176,7 +177,7 @@ def across_addition() -> Made:
 
 def _budgets(task: Task) -> Iterator[Run]:
     """One architecture on a task, at every quarter of a decade."""
-    run = changed(task, {"model.d_model": 64, "batch": 8, "label": "{task} lr={optim.lr} C={flops} seed={seed}"})
+    run = changed(task, {"model.d_model": 64, "batch": 8, "record.weights": None, "label": "{task} lr={optim.lr} C={flops} seed={seed}"})
     decades = 3 if isinstance(task, Addition) else 4
     budgets = [float(f"{10 ** (9 + n / 4):.2g}") for n in range(4 * decades + 1)]
     yield from grid(run, {"flops": budgets, "optim.lr": (1e-2, 1e-3), "seed": range(12)})

@@ -1,7 +1,7 @@
 """Training: optimisers, one run's step, the cohort, its plan and its checkpoints."""
 
 from elegans.training.optimisers import SGD, WSD, AdamW, Constant, Cosine, Linear, Lion, Optimizer, Schedule
-from elegans.training.run import At, Every, LogSpaced, Record, Run, When
+from elegans.training.run import At, Every, LogSpaced, Never, Record, Run, When
 from elegans.training.step import State, Update
 from elegans.training.transfer import follow
 
@@ -16,6 +16,7 @@ __all__ = [
     "Linear",
     "Lion",
     "LogSpaced",
+    "Never",
     "Optimizer",
     "Record",
     "Run",

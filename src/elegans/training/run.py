@@ -27,7 +27,7 @@ class When(Spec):
 
     @abc.abstractmethod
     def upto(self, steps: int) -> list[int]:
-        """The steps of a run of `steps` updates, ascending; 0 and the last one are always among them."""
+        """The steps of a run of `steps` updates, ascending; 0 and the last one are always among them, but for `Never`."""
 
 
 @spec
@@ -62,12 +62,21 @@ class At(When):
 
 
 @spec
+class Never(When):
+    """At no step, not even the last. `record.weights` so: rows alone, and nothing that instruments could measure later."""
+
+    def upto(self, steps: int) -> list[int]:
+        del steps
+        return []
+
+
+@spec
 class Record(Spec):
     """What a run records. Held-out examples are drawn once a run and are the same at every evaluation."""
 
     train: When = field(LogSpaced(per_decade=50), "training metrics of single batches")
     evaluate: When = field(LogSpaced(per_decade=10), "metrics on validation examples; test ones at the end of the run")
-    weights: When | None = field(None, "parameters for instruments; none: only the final ones")
+    weights: When | None = field(None, "parameters for instruments; none: only the final ones; never: no file as large as a model")
     examples: int = field(512, "validation examples, and as many test examples", ge=1, le=1_000_000)
     by_position: bool = field(True, "also the loss at every position")
 
@@ -139,6 +148,8 @@ class Run(Spec):
         if self.train_set is not None and self.task.scheduled:
             raise Invalid("train_set", self.train_set, f"a {self.task.kind} draws other rows as it goes; use fresh ones")
         steps = self.after.kept_steps if self.after else []
+        if self.after is not None and not steps:
+            raise Invalid("after", self.after.label, "allowed: a run that keeps its final weights; its record.weights is never")
         if self.after_step is not None and self.after_step not in steps:
             shown = ", ".join(map(str, steps[:8] + ["..."] * (len(steps) > 8))) or "give its parent, `after`"
             raise Invalid("after_step", self.after_step, f"allowed: a step at which the parent keeps its weights: {shown}")
@@ -167,7 +178,7 @@ class Run(Spec):
 
     @property
     def kept_steps(self) -> list[int]:
-        """The steps at which its weights are kept; the last of them is its end."""
+        """The steps at which its weights are kept; the last of them is its end. Empty where nothing is kept."""
         return [self.length] if self.record.weights is None else self.record.weights.upto(self.length)
 
     @property

@@ -108,7 +108,7 @@ class _Schedule:
 
     def __init__(self, runs: tuple[Run, ...], when: When, shift_last: int = 0):
         distinct = {n: when.upto(n) for n in {run.length for run in runs}}
-        marks = {n: np.unique([*steps[:-1], steps[-1] - shift_last]) for n, steps in distinct.items()}
+        marks = {n: np.unique([*steps[:-1], *(last - shift_last for last in steps[-1:])]) for n, steps in distinct.items()}
         self._marks = [marks[run.length] for run in runs]
         self.steps = sorted({int(s) for m in marks.values() for s in m})
 
