@@ -1,12 +1,14 @@
 """Programs compiled in threads are the programs that would have been compiled in turn."""
 
 import functools
+import sys
 
 import jax
 import numpy as np
 
 from elegans import Addition, At, Record, Run, Transformer, grid
 from elegans.training.ahead import Ahead
+from elegans.training.cohort import Programs
 from elegans.training.planner import plan
 from elegans.training.train import Checkpoint, train_cohort
 
@@ -49,3 +51,29 @@ def test_what_is_not_needed_is_passed_over_and_what_was_not_foreseen_is_built():
         assert not ahead.started
         late = ahead.take(first, first.segments[0])
     assert late.seconds > 0 and len(late.programs.metrics) == len({"loss", "accuracy", "exact_match", "grad_norm"})
+
+
+def test_on_a_device_replicas_are_taken_in_one_program_that_is_compiled_ahead(monkeypatch):
+    """As from the cores of a CPU, array by array; and the states of a larger cohort are cut to its first replicas."""
+    runs, slots, scores = grid(RUN, {"seed": range(9)}), np.array([7, 0, 3]), []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(Programs, "_on_cpu", on_cpu)
+        programs = Programs(runs, jax.devices()[0], 1)
+        programs.compile_all()
+        compiled = dict(programs._compiled)
+        scores.append(programs.evaluate(programs.start().params, "test", slots))
+        assert programs._compiled == compiled and ("few" in compiled) != on_cpu
+    for a, b in zip(*scores, strict=True):
+        assert np.array_equal(a, b, equal_nan=True) and a.shape[0] == 3
+    states = programs.start()
+    smaller = Programs(runs[:2], jax.devices()[0], 1).place(states)
+    assert np.array_equal(smaller.params, np.asarray(states.params)[:2])
+
+
+def test_threads_wait_less_for_python_s_lock_while_programs_are_compiled():
+    before = sys.getswitchinterval()
+    with Ahead([], jax.devices()[0], workers=1):
+        assert sys.getswitchinterval() < before
+    assert sys.getswitchinterval() == before
+    with Ahead([], jax.devices()[0], workers=0):
+        assert sys.getswitchinterval() == before

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from elegans.training.planner import CohortPlan, Segment
 from elegans.training.run import Run
 
 SPARE = 2  # programs that may lie ready besides those being compiled
+SWITCH = 5e-4  # seconds for which a thread keeps Python's lock while another wants it: training asks for it often and briefly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +58,14 @@ class Ahead:
         self.pool = ThreadPoolExecutor(self.workers) if self.workers else None
 
     def __enter__(self) -> Ahead:
+        self.switch = sys.getswitchinterval()
+        if self.pool:
+            sys.setswitchinterval(min(SWITCH, self.switch))
         self._start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        sys.setswitchinterval(self.switch)
         if self.pool:
             self.pool.shutdown(wait=False, cancel_futures=True)
 

@@ -157,6 +157,7 @@ class Programs:
             "data": spread.jit(_over(_finite_set, 0, axes), (0, axes), 0),
             "held_out": spread.jit(_over(draw_held_out, 0, axes), (0, axes), 0),
             "evaluate": self.few.jit(_over(evaluate, 0, 0, 0), (0, 0, 0), 0),
+            "few": jax.jit(_taken),
             "chunk": spread.jit(functools.partial(_chunk, self._step), (0, 0, data, None, None), (0, 2), donate=(1,)),
         }
         self._inherits = depth(runs[0]) > 0
@@ -173,14 +174,20 @@ class Programs:
     def _arguments(self) -> dict[str, tuple[Any, ...]]:
         """Shapes of the arguments of everything that training and evaluating needs, the largest program first."""
         rows = jax.eval_shape(self._functions["held_out"], self.runs, self.task)
+        evaluated = self.runs, self.states_like.params, rows.validation
         return {
             "chunk": (*self._step_like, np.int32(1)),
-            "evaluate": jax.tree.map(self._few_of, (self.runs, self.states_like.params, rows.validation)),
+            "evaluate": jax.tree.map(self._few_of, evaluated),
+            **({} if self._on_cpu else {"few": (evaluated, np.zeros(self.few.replicas, np.int32))}),
             "held_out": (self.runs, self.task),
             "start": (self.runs,),
             **({"begin": (self.runs, self.states_like.params)} if self._inherits else {}),
             **({"data": (self.runs, self.task)} if self.runs.train_set else {}),
         }
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.spread.devices[0].platform == "cpu"
 
     def _few_of(self, a: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.few.replicas, *a.shape[1:]), a.dtype)
@@ -209,8 +216,8 @@ class Programs:
         return self._program("begin", *given)(*given)
 
     def place(self, states: State) -> State:
-        """States from the host, where the programs want them."""
-        return self.spread.place(states)
+        """The first replicas' states, from the host or of a larger cohort, where the programs want them."""
+        return self.spread.take(states, np.arange(self.spread.replicas))
 
     @property
     def data(self) -> RunData:
@@ -251,9 +258,14 @@ class Programs:
         size, made = self.few.replicas, []
         for first in range(0, len(slots), size):
             here = slots[first : first + size]
-            taken = self.few.take((self.runs, params, getattr(self._rows, part)), np.append(here, np.repeat(here[:1], size - len(here))))
+            taken = self._few((self.runs, params, getattr(self._rows, part)), np.append(here, np.repeat(here[:1], size - len(here))))
             made.append(jax.tree.map(np.asarray, self._program("evaluate", *taken)(*taken)))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(slots)], *made)
+
+    def _few(self, tree: Any, index: Int[np.ndarray, " slot"]) -> Any:
+        """Some replicas' arrays, where `evaluate` wants them: in one program on a device, array by array on cores."""
+        index = index.astype(np.int32)
+        return self.few.take(tree, index) if self._on_cpu else self._program("few", tree, index)(tree, index)
 
     def bytes(self) -> int:
         """Memory of the training program: arguments, results and temporaries, as compiled."""
@@ -273,6 +285,11 @@ def _compiled(lowered: Any) -> tuple[Any, bool]:
     """A compiled program, and whether the persistent cache lacked it (which is counted by thread)."""
     misses = cache_misses()
     return lowered.compile(), cache_misses() > misses
+
+
+def _taken(tree: Any, index: Int[Array, " replica"]) -> Any:
+    """Some replicas out of all."""
+    return jax.tree.map(lambda a: a[index], tree)
 
 
 def _over(function: Callable, *axes: Any) -> Callable:

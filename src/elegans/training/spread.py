@@ -56,8 +56,8 @@ class Spread:
     def take(self, tree: Any, index: Int[np.ndarray, " replica"]) -> Any:
         """Some replicas' arrays out of those of more, on the devices that will use them."""
         if self.devices[0].platform == "cpu":
-            return self.place(jax.tree.map(lambda a: np.asarray(a)[index], tree))
-        return jax.tree.map(lambda a: a[index], tree)
+            tree = jax.tree.map(np.asarray, tree)
+        return self.place(jax.tree.map(lambda a: a[index], tree))
 
     def _specs(self, axes: Any) -> Any:
         return jax.tree.map(_spec, axes, is_leaf=_is_none)

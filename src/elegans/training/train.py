@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
 
-import jax
 import numpy as np
 
 from elegans.training.ahead import Ahead
@@ -98,7 +97,7 @@ def train_cohort(
             states = programs.start()
             states = programs.begin(inherit(np.asarray(states.params))) if inherit else states
         else:
-            states = programs.place(jax.tree.map(lambda a, n=segment.size: np.asarray(a)[:n], states))
+            states = programs.place(states)
         states = yield from _Segment(plan, segment, programs).train(step, states)
         step = segment.stop
 
