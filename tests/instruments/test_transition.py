@@ -5,10 +5,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import elegans as el
 import synthetic
+from elegans import specs
 from elegans.describe import run_rows
 from elegans.figures import Tables, catalogue
-from elegans.instruments.transition import NEVER_FELL, NEVER_READ, NO_START, READABLE, Course, Transition, _nested, group_names
+from elegans.instruments.transition import (
+    NEVER_FELL,
+    NEVER_READ,
+    NO_START,
+    READABLE,
+    Course,
+    Transition,
+    _nested,
+    group_names,
+    names_of_groups,
+)
 from elegans.training.run import differing
 
 
@@ -150,3 +162,15 @@ def test_what_is_recorded_tells_no_runs_apart(tmp_path) -> None:
 def test_a_parent_tells_only_runs_that_have_one() -> None:
     fields = [{"lr": 1, "after": None}, {"lr": 1, "after": "run", "after.lr": 2}, {"lr": 1, "after": "run", "after.lr": 2}]
     assert differing(fields) == ["after"] and differing([*fields, fields[1] | {"after.lr": 3, "seed": 1}]) == ["after", "after.lr", "seed"]
+
+
+def test_a_group_is_told_by_the_fields_that_its_kinds_have() -> None:
+    positions = [el.Learned(), el.Rotary(), None]
+    run = synthetic.runs_of({})[0]
+    told = [specs.flat(specs.to_dict(r)) for r in el.grid(run, {"model.position": positions, "seed": range(2)})]
+    names = names_of_groups({str(i): fields for i, fields in enumerate(told)})
+    assert list(names.values()) == [f"position={p}" for p in ("learned", "rotary", "none") for _ in range(2)]
+    told += [specs.flat(specs.to_dict(el.replace(run, "model.position", el.Rotary(theta=100.0))))]
+    names = names_of_groups({str(i): fields for i, fields in enumerate(told)})
+    expected = ["position=learned", "position=rotary, theta=10000", "position=none", "position=rotary, theta=100"]
+    assert [names[i] for i in "0246"] == expected

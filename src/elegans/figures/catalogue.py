@@ -16,6 +16,7 @@ import pyarrow as pa
 from elegans import specs
 from elegans.errors import Invalid
 from elegans.instruments.scaling import FINAL
+from elegans.instruments.transition import shown
 from elegans.store import Store
 from elegans.tasks import Task
 from elegans.training.run import SEEDS, differing, is_seed
@@ -201,11 +202,6 @@ class Catalogue:
             if value is not None:
                 found.setdefault(round(value, 6), []).append(run)
         return sorted(found.items())
-
-
-def shown(value: Any) -> str:
-    """A field's value as text."""
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _by_size(title: str, values: dict[str, Any], present: Sequence[float]) -> Grouping:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from elegans.instruments.crossings import SHARE, Bracket, change_point, crossing
 from elegans.specs import field, spec
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import differing, is_seed
+from elegans.training.run import differing, holder, is_seed
 
 # columns that earlier versions of the probe did not write are null
 PROBES = """(from probe union all by name
@@ -220,10 +220,22 @@ def _grouped(groups: dict[str, Group], values: dict[tuple[str, str], Any]) -> di
 
 def group_names(store: Store) -> dict[str, str]:
     """Run id to the name of its group: the fields in which runs of the store differ, seeds aside."""
-    flat = {line["run"]: specs.flat(line["spec"]) for line in store.lines()}
-    differ = [n for n in differing(list(flat.values())) if not is_seed(n)]
-    return {run: ", ".join(f"{n.rpartition('.')[2]}={_show(f.get(n))}" for n in differ) or "all runs" for run, f in flat.items()}
+    return names_of_groups({line["run"]: specs.flat(line["spec"]) for line in store.lines()})
 
 
-def _show(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def names_of_groups(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """`group_names` of some runs alone; of each what `specs.flat` gives."""
+    told = told_apart(runs)
+    return {run: ", ".join(f"{n.rpartition('.')[2]}={shown(v)}" for n, v in told[run].items()) or "all runs" for run in runs}
+
+
+def told_apart(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Run id to the fields by which its group is told from others: those that specs of its kinds have, None where one is off."""
+    differ = [n for n in differing(list(runs.values())) if not is_seed(n)]
+    known = {(n, holder(f, n)) for n in differ for f in runs.values() if f.get(n) is not None}
+    return {run: {n: f.get(n) for n in differ if (n, holder(f, n)) in known} for run, f in runs.items()}
+
+
+def shown(value: Any) -> str:
+    """A field's value as text."""
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

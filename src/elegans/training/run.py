@@ -97,13 +97,19 @@ def unseeded(spec: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flat(spec).items() if not is_seed(name)}
 
 
+def holder(fields: Mapping[str, Any], name: str) -> str | None:
+    """The kind of the spec that holds a dotted field; None where it is the run's own, or that spec is off."""
+    return fields.get(name.rpartition(".")[0])
+
+
 def differing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The dotted fields that tell runs apart, in their order, seeds included; of each run what `specs.flat` gives.
 
-    What a parent is like tells only runs that have one; what is recorded tells none.
+    A field tells only runs apart in which the spec that holds it is of one kind: what differs with the kind follows from it, and what
+    a parent is like tells only runs that have one. What is recorded tells none.
     """
     names = dict.fromkeys(name for fields in runs for name in fields if "record" not in name.split("."))
-    return [name for name in names if len({str(f.get(name)) for f in runs if f.get(name) is not None or not name.startswith("after.")}) > 1]
+    return [n for n in names if len({(holder(f, n), str(f.get(n))) for f in runs}) > len({holder(f, n) for f in runs})]
 
 
 @spec
