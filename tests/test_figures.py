@@ -17,6 +17,7 @@ from elegans.figures import (
     curves,
     lead_forest,
     leads,
+    paper,
     position_map,
     probe_map,
     queries,
@@ -26,9 +27,9 @@ from elegans.figures import (
     timeline,
 )
 from elegans.figures.catalogue import columns
+from elegans.figures.curves import series
 from elegans.figures.effects import leads_of
 from elegans.figures.maps import probe_maps
-from elegans.figures.paper import _maps
 from elegans.instruments import Transition, measure
 from elegans.instruments.crossings import interval
 
@@ -286,8 +287,30 @@ def papers(store, tmp_path_factory):
 
 def test_paper_figures_come_as_png_and_pdf(papers):
     stems = {"loss", "exact-match", "probe-carry", "probe-first_operand", "lead", "ablation"}
-    assert {p.name for p in papers} == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
-    assert all(p.read_bytes()[:4] in (b"\x89PNG", b"%PDF") for p in papers)
+    *drawn, captions = papers
+    assert {p.name for p in drawn} == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
+    assert all(p.read_bytes()[:4] in (b"\x89PNG", b"%PDF") for p in drawn)
+    assert {line.split(".")[0].removeprefix("**") for line in captions.read_text().splitlines() if line} == stems
+
+
+def test_a_line_for_each_group_of_runs_that_differ_by_seed_alone(tables, runs):
+    """Medians of four seeds at each of three rates, not of all twelve runs; a run that diverged is one of them."""
+    data = series(tables.ask(queries.curves("validation")), "loss")
+    figure, text = paper.curves(data, runs, "loss", runs.groups)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["0.0003 (4)", "0.001 (4)", "0.003 (4)"]
+    assert "n = 12 of 12 runs" in text and "pool" not in text
+    for label, line in zip(runs.groups.labels, [x for x in figure.axes[0].lines if "(" in str(x.get_label())], strict=True):
+        ends = [y[-1] for run, (step, y) in data.items() if runs.groups.of[run] == label and step[-1] == synthetic.STEPS]
+        assert line.get_ydata()[-1] == pytest.approx(np.nanmedian(ends))
+
+
+def test_groups_differ_in_every_field_but_seeds(tables):
+    several = fake([{"lr": lr, "layers": n, "seed": seed} for n in (10, 2) for lr in (0.01, 0.001) for seed in range(3)])
+    assert several.groups.labels == ("lr=0.001, layers=2", "lr=0.001, layers=10", "lr=0.01, layers=2", "lr=0.01, layers=10")
+    assert sorted(several.groups.of.values()).count("lr=0.01, layers=2") == 3
+    many = fake([{"lr": 10.0**-i, "layers": n} for i in range(5) for n in range(2)])
+    shown = paper._groups(tables, many)  # ten of them: more than colours
+    assert shown.title == "lr" and len(shown.labels) == 5 and "by lr, and pool" in paper._pooled(many, shown)
 
 
 def test_the_same_store_gives_the_same_paper_figures(store, papers, tmp_path):
@@ -298,7 +321,7 @@ def test_the_same_store_gives_the_same_paper_figures(store, papers, tmp_path):
 def test_a_figure_of_probes_has_a_row_for_every_group_of_runs(store, tables, runs):
     """Means of the runs of one group that learned, said as such: groups are never averaged together."""
     by = runs.differing[0]
-    found = _maps(tables, runs, "carry", by)
+    found = paper._maps(tables, runs, "carry", runs.groups)
     values = sorted({f.fields[by] for f in runs.facts.values()})
     assert len(values) > 1
     for value, (name, maps) in zip(values, found.items(), strict=True):
@@ -313,7 +336,7 @@ def test_a_figure_of_probes_has_a_row_for_every_group_of_runs(store, tables, run
 
 def test_probes_of_a_group_in_which_none_learned_say_so(tables, runs):
     none = Catalogue({run: dataclasses.replace(f, loss=f.plateau, exact_match=0.0) for run, f in runs.facts.items()})
-    assert list(_maps(tables, none, "carry", None)) == [f"all runs\n{len(runs.facts)} runs, none learned"]
+    assert list(paper._maps(tables, none, "carry", none.grouping(None))) == [f"all runs\n{len(runs.facts)} runs, none learned"]
 
 
 def test_leads_of_groups_without_runs_that_are_shown_are_left_out(tables):

@@ -95,10 +95,11 @@ def attention_map(rows: pa.Table, who: str) -> go.Figure:
         heat = {"z": made.maps[i][j].astype(np.float32), "xaxis": x, "yaxis": y, "name": f"{made.rows[i]}, {made.columns[j]}"}
         traces.append(go.Heatmap(**heat, coloraxis="coloraxis", hoverongaps=False, hovertemplate=hover))
     layout["coloraxis"] = {"colorscale": style.SCALE, "cmin": 0, "cmax": 1, "colorbar": bar("attention")}
-    return style.blank(110 + down * side, _map_caption(rows, made, who), **layout).add_traces(traces)
+    return style.blank(110 + down * side, map_caption(rows, made, who), **layout).add_traces(traces)
 
 
-def _map_caption(rows: pa.Table, made: AttentionGrid, who: str) -> str:
+def map_caption(rows: pa.Table, made: AttentionGrid, who: str) -> str:
+    """What the maps of one run's heads show."""
     length = next((n for n in rows["length"].to_pylist() if n is not None), None) if "length" in rows.column_names else None
     of = f"rows with {length} inputs" if length is not None else "rows"
     when = "at several steps" if made.across == "step" else "at the last step measured"

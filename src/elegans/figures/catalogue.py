@@ -16,7 +16,7 @@ import pyarrow as pa
 from elegans import specs
 from elegans.errors import Invalid
 from elegans.instruments.scaling import FINAL
-from elegans.instruments.transition import shown
+from elegans.instruments.transition import names_of_groups, shown, told_apart
 from elegans.store import Store
 from elegans.tasks import Task
 from elegans.training.run import SEEDS, differing, is_seed
@@ -193,6 +193,19 @@ class Catalogue:
         if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in present):
             return _by_size(self.short(name), values, sorted(present))
         return _by_name(self.short(name), values)
+
+    @cached_property
+    def groups(self) -> Grouping:
+        """Runs that differ by seed alone; where several fields tell them apart, under the names that the table `lead` has."""
+        if len(self.differing) < 2:
+            return self.grouping(next(iter(self.differing), None))
+        fields = {run: f.fields for run, f in self.facts.items()}
+        of, told = names_of_groups(fields), told_apart(fields)
+        places = {
+            of[run]: [(n, isinstance(v, (int, float)), v if isinstance(v, (int, float)) else shown(v)) for n, v in told[run].items()]
+            for run in of
+        }
+        return Grouping("", tuple(sorted(places, key=lambda name: places[name])), of, False)
 
     def levels(self, kind: str, runs: Collection[str] | None = None) -> list[tuple[float, list[str]]]:
         """Distinct floors or plateaus, each with its runs."""

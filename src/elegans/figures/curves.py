@@ -146,10 +146,15 @@ def draw_band(made: Band, colour: str, name: str, first: float, axis: str = "y")
     ]
 
 
+def about(value: str, split: str) -> str:
+    """What is drawn against what, as captions begin."""
+    what = f"{UNITS[value][1]}, on {SPLITS.get(split, split)}"
+    return f"{what}, against the optimiser step (logarithmic; 0 is the untrained network)."
+
+
 def _curves_caption(data: Series, catalogue: Catalogue, value: str, split: str, grouping: Grouping) -> str:
     runs, absent = len(data), len(catalogue.facts) - len(data)
-    what = f"{UNITS[value][1]}, on {SPLITS.get(split, split)}"
-    words = [f"{what}, against the optimiser step (logarithmic; 0 is the untrained network). n = {runs} runs."]
+    words = [f"{about(value, split)} n = {runs} runs."]
     if runs > MANY:
         words.append(f"{runs} runs are too many for single curves: lines are medians, bands the 10 to 90 % range over the runs of a group")
         words[-1] += " (their number in brackets)."

@@ -95,7 +95,7 @@ def lead_forest(found: list[Lead]) -> go.Figure:
     colour = {feature: style.NAMED[i % len(style.NAMED)] for i, feature in enumerate(names)}
     ticks = _row_axis([lead.name for lead in shown])
     figure = style.blank(
-        int(110 + 44 * max(len(shown), 2)), _lead_caption(found, len(shown)), yaxis=ticks, showlegend=False, margin={"r": 190},
+        int(110 + 44 * max(len(shown), 2)), lead_caption(found, len(shown)), yaxis=ticks, showlegend=False, margin={"r": 190},
         xaxis={"title": {"text": "lead: log10(step of the loss / step of the feature), decades"}},
     )  # fmt: skip
     figure.add_shape(type="line", x0=0, x1=0, yref="paper", y0=0, y1=1, line={"width": 1.5, "color": style.GREY})
@@ -142,7 +142,8 @@ def interval_text(lead: Lead) -> str:
     return f"{lead.mean:.2f} {bounds}"
 
 
-def _lead_caption(found: list[Lead], shown: int) -> str:
+def lead_caption(found: list[Lead], shown: int) -> str:
+    """What the forest plot shows."""
     cut = f" The first {shown} of {len(found)} rows are drawn." if shown < len(found) else ""
     return (
         "How long before the loss falls half-way from plateau to floor the probe is half-way from its untrained level to its end, "
@@ -217,7 +218,7 @@ def ablation(rows: pa.Table, value: str = "exact_match", who: str = "measured") 
     across = {"title": {"text": EFFECTS[value]}, **({"range": [-0.02, 1.02]} if value == "exact_match" else {"rangemode": "tozero"})}
     height = int(110 + 46 * max(len(made), 2))
     figure = style.blank(
-        height, _ablation_caption(made, value, who), xaxis=across, yaxis=_row_axis([s.name for s in made]), showlegend=False
+        height, ablation_caption(made, value, who), xaxis=across, yaxis=_row_axis([s.name for s in made]), showlegend=False
     )
     for place, strip in enumerate(made):
         _draw_strip(figure, strip, place)
@@ -245,7 +246,8 @@ def _draw_strip(figure: go.Figure, strip: Strip, place: int) -> None:
     _draw_mean(figure, strip.mean, strip.low, strip.high, place, colour, hover)
 
 
-def _ablation_caption(made: list[Strip], value: str, who: str) -> str:
+def ablation_caption(made: list[Strip], value: str, who: str) -> str:
+    """What the figure of ablations shows."""
     runs = max((len(strip.each) for strip in made), default=0)
     draws = max((len(strip.draws) for strip in made if strip.repeated), default=0)
     many = f" {runs} runs are too many for dots." if runs > MANY else " Dots: runs, draws averaged within each."

@@ -163,13 +163,14 @@ def probe_map(rows: pa.Table, feature: str, who: str) -> go.Figure:
         heat = {"z": z.astype(np.float32), "x": maps.index, "y": maps.sites, "xaxis": f"x{axis}", "yaxis": f"y{axis}", "name": name}
         traces.append(go.Heatmap(**heat, coloraxis="coloraxis", hoverongaps=False, hovertemplate=hover))
     layout["coloraxis"] = {"colorscale": style.SCALE, "cmin": maps.low, "cmax": 1, "colorbar": bar("accuracy")}
-    figure = style.blank(int(150 + max(15 * len(maps.sites), 90)), _probe_caption(maps, feature, who), **layout)
+    figure = style.blank(int(150 + max(15 * len(maps.sites), 90)), probe_caption(feature, f"{who}, n = {maps.runs}"), **layout)
     return figure.add_traces(traces)
 
 
-def _probe_caption(maps: ProbeMaps, feature: str, who: str) -> str:
+def probe_caption(feature: str, who: str) -> str:
+    """What a map of probes shows, and of which runs."""
     return (
         f"Runs: {who}. {feature}: held-out accuracy of a linear probe for each bit (across) at each site (upwards from the input), "
-        f"mean over runs, n = {maps.runs}. On the same scale: the same probe on the untrained network, a probe trained on random labels, "
+        f"mean over runs. On the same scale: the same probe on the untrained network, a probe trained on random labels, "
         f"and chance (always guessing the majority label), the last two at the last step. Grey: not measured."
     )

@@ -1,4 +1,7 @@
-"""The main figures for papers: PNG and PDF, drawn from the same numbers as the report."""
+"""The main figures for papers, PNG and PDF, drawn from the same numbers as the report; and their captions.
+
+Curves, maps of probes and leads have a line or row for each group of runs that differ by seed alone.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +14,48 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from elegans.figures import queries, style
-from elegans.figures.attention import AttentionGrid, attention_grid
-from elegans.figures.catalogue import Catalogue, Tables, catalogue
-from elegans.figures.curves import MANY, UNITS, Series, band, series, y_range
-from elegans.figures.effects import EFFECTS, Lead, Strip, fields_first, jitter, leads_of, strip_colour, strips
-from elegans.figures.maps import ProbeMaps, probe_maps
+from elegans.figures.attention import AttentionGrid, attention_grid, map_caption
+from elegans.figures.catalogue import SHADES, Catalogue, Grouping, Tables, catalogue
+from elegans.figures.curves import MANY, UNITS, Series, about, band, series, y_range
+from elegans.figures.effects import (
+    EFFECTS,
+    Lead,
+    Strip,
+    ablation_caption,
+    fields_first,
+    jitter,
+    lead_caption,
+    leads_of,
+    plural,
+    strip_colour,
+    strips,
+)
+from elegans.figures.maps import ProbeMaps, probe_caption, probe_maps
+from elegans.files import write_text
 from elegans.store import Store
 
+Captioned = tuple[Figure, str]
 LOOK: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "axes.linewidth": 0.6, "axes.spines.top": False,
     "axes.spines.right": False, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False,
     "lines.linewidth": 1.0, "pdf.fonttype": 42, "svg.hashsalt": "elegans", "savefig.dpi": 300,
 }  # fmt: skip
 WIDTH = 5.5  # inches: the text width of most single-column papers
+LONG = 16  # letters: a legend of longer names stands below the axes
 
 
 def save_paper_figures(store: Store, folder: str | Path) -> list[Path]:
-    """Draw every main figure that has rows into a folder, as PNG and PDF; return the files."""
-    tables = Tables(store)
+    """Draw every main figure that has rows into a folder, as PNG and PDF, with `captions.md`; return the files."""
+    tables, folder = Tables(store), Path(folder)
     try:
         with matplotlib.rc_context(LOOK):
             drawn = _draw_all(tables, catalogue(store, tables))
-            if drawn:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-            return [path for name, figure in drawn.items() for path in save(figure, Path(folder) / name)]
+            if not drawn:
+                return []
+            folder.mkdir(parents=True, exist_ok=True)
+            files = [path for name, (figure, _) in drawn.items() for path in save(figure, folder / name)]
+        write_text(folder / "captions.md", "\n".join(f"**{name}.** {caption}\n" for name, (_, caption) in drawn.items()))
+        return [*files, folder / "captions.md"]
     finally:
         tables.close()
 
@@ -46,38 +67,58 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
 
 
-def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Figure]:
-    drawn: dict[str, Figure] = {}
-    by = next(iter(fields_first(runs, tables)), None)
+def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Captioned]:
+    drawn: dict[str, Captioned] = {}
+    groups = _groups(tables, runs)
     if "metrics" in tables.names:
         rows = tables.ask(queries.curves("validation"))
         for value, name in (("loss", "loss"), ("exact_match", "exact-match")):
-            drawn |= {name: curves(data, runs, value, by)} if (data := series(rows, value)) else {}
+            drawn |= {name: curves(data, runs, value, groups)} if (data := series(rows, value)) else {}
     if "probe" in tables.names:
         for feature in tables.ask(queries.FEATURES)["feature"].to_pylist():
-            maps = _maps(tables, runs, feature, by)
-            drawn |= {f"probe-{_file_name(feature)}": probe_map(maps, feature)} if maps else {}
+            maps = _maps(tables, runs, feature, groups)
+            who = "of each group those that learned (all, where none did)" + _pooled(runs, groups)
+            drawn |= {f"probe-{_file_name(feature)}": (probe_map(maps, feature), probe_caption(feature, who))} if maps else {}
     if found := leads_of(tables):
-        drawn["lead"] = lead_forest(found)
+        drawn["lead"] = lead_forest(found), lead_caption(found, len(found))
     if "ablate" in tables.names:
-        where = queries.among(runs.learned, len(runs.facts)) if runs.learned else "true"
-        drawn["ablation"] = ablation(strips(tables.ask(queries.ablation(where))), "exact_match")
+        who, where = ("that learned", queries.among(runs.learned, len(runs.facts))) if runs.learned else ("measured", "true")
+        made = strips(tables.ask(queries.ablation(where)))
+        who += ", of all groups together" if len(groups.labels) > 1 else ""
+        drawn["ablation"] = ablation(made, "exact_match"), ablation_caption(made, "exact_match", who)
     if "attention" in tables.names:
         measured = [run for run in (*runs.learned, *runs.facts) if tables.ask(queries.attention(run)).num_rows]
-        drawn |= {"attention": attention_map(attention_grid(tables.ask(queries.attention(measured[0]))))} if measured else {}
+        drawn |= {"attention": _attention(tables, runs, measured[0])} if measured else {}
     return drawn
 
 
-def _maps(tables: Tables, runs: Catalogue, feature: str, by: str | None) -> dict[str, ProbeMaps]:
+def _groups(tables: Tables, runs: Catalogue) -> Grouping:
+    """Runs that differ by seed alone; where there are more such groups than colours, runs by the first field."""
+    return runs.groups if len(runs.groups.labels) <= SHADES else runs.grouping(fields_first(runs, tables)[0])
+
+
+def _pooled(runs: Catalogue, groups: Grouping) -> str:
+    """What a caption says of groups that hold runs which differ in more than their seed."""
+    return "" if groups == runs.groups else f" (too many differ by seed alone: these are by {groups.title}, and pool what else differs)"
+
+
+def _attention(tables: Tables, runs: Catalogue, run: str) -> Captioned:
+    rows = tables.ask(queries.attention(run))
+    made = attention_grid(rows)
+    return attention_map(made), map_caption(rows, made, f"only {run} ({runs.describe(run)})")
+
+
+def _maps(tables: Tables, runs: Catalogue, feature: str, groups: Grouping) -> dict[str, ProbeMaps]:
     """Probes of a feature in every group of runs, by the group and how many of its runs are averaged: those that learned, if any did."""
-    grouping, found = runs.grouping(by), {}
-    for label in grouping.labels:
-        members = [run for run in runs.facts if grouping.of[run] == label]
-        learned = [run for run in runs.learned if grouping.of[run] == label]
+    found = {}
+    for label in groups.labels:
+        members = [run for run in runs.facts if groups.of[run] == label]
+        learned = [run for run in runs.learned if groups.of[run] == label]
         rows = tables.ask(queries.probe_map(feature, queries.among(learned or members, len(runs.facts)), tables.left_out))
         if rows.num_rows:
             averaged = f"{len(learned)} of {len(members)} runs" if learned else f"{len(members)} runs, none learned"
-            found[f"{grouping.title} {label}\n{averaged}" if by else f"{label}\n{averaged}"] = probe_maps(rows)
+            name = f"{groups.title} {label}".strip().replace(", ", ",\n")
+            found[f"{name}\n{averaged}"] = probe_maps(rows)
     return found
 
 
@@ -90,22 +131,20 @@ def _blank(height: float, **grid: Any) -> tuple[Figure, Any]:
     return figure, figure.subplots(**grid)
 
 
-def curves(data: Series, runs: Catalogue, value: str, by: str | None) -> Figure:
-    """Runs, or medians and 10 to 90 % bands of many, against the step."""
+def curves(data: Series, runs: Catalogue, value: str, groups: Grouping) -> Captioned:
+    """Every run, or the 10 to 90 % band of many, and the median of each group, against the step."""
     figure, axes = _blank(2.6)
-    grouping = runs.grouping(by)
-    colours = style.palette(grouping)
-    steps = np.unique(np.concatenate([s for s, _ in data.values()]))
+    colours, steps = style.palette(groups), np.unique(np.concatenate([s for s, _ in data.values()]))
     first = style.first_step(steps)
-    for label in grouping.labels:
-        members = [data[run] for run in data if grouping.of[run] == label]
-        if len(data) <= MANY:
-            for i, (step, y) in enumerate(members):
-                axes.plot(style.step_places(step, first), y, color=colours[label], alpha=0.85, label=label if i == 0 else None)
-        elif (made := band(members)) is not None:
+    for label in groups.labels:
+        members = [data[run] for run in data if groups.of[run] == label]
+        for step, y in members if len(data) <= MANY else ():
+            axes.plot(style.step_places(step, first), y, color=colours[label], alpha=0.4, linewidth=0.6)
+        if (made := band(members)) is not None:
             x = style.step_places(made.step, first)
-            axes.fill_between(x, made.low, made.high, color=colours[label], alpha=0.13, linewidth=0)
-            axes.plot(x, made.median, color=colours[label], label=f"{label} ({made.runs})")
+            if len(data) > MANY:
+                axes.fill_between(x, made.low, made.high, color=colours[label], alpha=0.13, linewidth=0)
+            axes.plot(x, made.median, color=colours[label], linewidth=1.4, label=f"{label} ({made.runs})")
     _step_axis(axes, steps)
     axes.set_ylabel(UNITS[value][0])
     axes.set_ylim(*y_range(data, runs, value))
@@ -115,9 +154,21 @@ def curves(data: Series, runs: Catalogue, value: str, by: str | None) -> Figure:
         axes.text(
             side, level, label, transform=axes.get_yaxis_transform(), ha="left" if kind == "floor" else "right", va="bottom", fontsize=7
         )
-    if len(grouping.labels) > 1:
-        axes.legend(title=grouping.title, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
+    if len(groups.labels) > 1:
+        below = max(map(len, groups.labels)) > LONG
+        figure.legend(title=groups.title, loc="outside lower center" if below else "outside right upper", ncols=2 if below else 1)
+    return figure, _curves_caption(data, runs, value, groups)
+
+
+def _curves_caption(data: Series, runs: Catalogue, value: str, groups: Grouping) -> str:
+    """What the curves are, and of which runs."""
+    parts = "bands their 10 to 90 % range" if len(data) > MANY else "thin ones single runs"
+    of = f" of a group, their number in brackets{_pooled(runs, groups)}" if len(groups.labels) > 1 else ""
+    levels = " " + style.level_note(runs, list(data)) if value == "loss" else ""
+    return (
+        f"{about(value, 'validation')} Thick lines: medians over the runs{of}; "
+        f"{parts}. n = {len(data)} of {plural(len(runs.facts), 'run')}.{levels}"
+    )
 
 
 def _step_axis(axes: Axes, steps: np.ndarray) -> None:
@@ -142,7 +193,7 @@ def probe_map(groups: dict[str, ProbeMaps], feature: str) -> Figure:
             axes.set_axis_off()
         row[0].set_ylabel(group, fontsize=6.5)
     figure.supxlabel(f"bit of {feature}", fontsize=8)
-    figure.colorbar(image, ax=grid.ravel().tolist(), label="probe accuracy", pad=0.01, aspect=15)
+    figure.colorbar(image, ax=grid.ravel().tolist(), label="probe accuracy", pad=0.01, aspect=15 * len(groups))
     return figure
 
 
