@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+import synthetic
+from elegans.errors import StoreError
 from elegans.loading import parse_overrides
 from elegans.store import Store
 from running import elegans
@@ -153,6 +155,41 @@ def test_a_newer_store(tmp_path):
     (tmp_path / "good.yaml").write_text(GOOD)
     for words in (["ls", tmp_path], ["run", tmp_path / "good.yaml", "--store", tmp_path]):
         assert_refused(elegans(*words), "newer", "999")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"format": null}', '{"format": "1"}', ""])
+def test_a_damaged_format(text, tmp_path):
+    (tmp_path / "format.json").write_text(text)
+    assert_refused(elegans("ls", tmp_path), "format.json" if "1" not in text else "newer")
+
+
+def test_a_damaged_store(tmp_path):
+    """Files cut short, as a full disk leaves them: the line names the file."""
+    store = synthetic.make(tmp_path, synthetic.small(), tables=("metrics",))
+    for name in ("status.json", "spec.json", "plan.json", "metrics-*.parquet"):
+        (path,) = tmp_path.rglob(name)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-20])
+        assert_refused(elegans("sql", tmp_path, "select 1"), path.name)
+        path.write_bytes(whole)
+    (tmp_path / "rows" / "probe").mkdir(parents=True)
+    (tmp_path / "rows" / "probe" / "c0ffee000000.parquet").write_bytes(b"PAR1")
+    assert_refused(elegans("measure", "probe", tmp_path), "c0ffee000000.parquet", "unreadable")
+    with pytest.raises(StoreError, match="no table 'nope'; there are runs, metrics"):
+        store.table("nope")
+    assert not store.has("nope") and not store.has("positions")
+
+
+def test_a_place_where_no_folder_can_be(tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    answer = elegans("run", tmp_path / "good.yaml", "--store", "/proc/x", "--memory", "4GiB")
+    assert answer.status == 2 and "/proc/x" in answer.err.splitlines()[-1] and "another --store" in answer.err
+
+
+def test_an_export_into_a_folder_with_other_things(tmp_path):
+    synthetic.make(tmp_path / "store", synthetic.small(), tables=("metrics",))
+    for taken in (tmp_path, tmp_path / "store" / "format.json"):
+        assert_refused(elegans("export", tmp_path / "store", synthetic.small()[0].id, taken), "folder", "empty")
 
 
 def test_nothing_to_draw(tmp_path):

@@ -220,12 +220,15 @@ def measure_store(
         names = measure_rows(instrument, store, listener, again)
     if not names and isinstance(instrument, ReplicaInstrument) and (again or not store.has(instrument.table)):
         raise StoreError(f"{folder}: no weights of a finished run to measure; train here, or merge an archive made with --weights")
-    rows = [{"table": n, "rows": store.table(n).num_rows, "measured_now": n in names} for n in names or [instrument.table]]
+    shown = names or [instrument.table]
+    rows = [{"table": n, "rows": store.table(n).num_rows if store.has(n) else 0, "measured_now": n in names} for n in shown]
     return pa.Table.from_pylist(rows)
 
 
 def export_run(store: Store, run: str, folder: Path) -> Path:
-    """Write one run's final weights, spec and metrics as plain files into a folder; return it."""
+    """Write one run's final weights, spec and metrics as plain files into a new or empty folder; return it. Raises `Invalid`."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise Invalid("folder", str(folder), "allowed: a new or an empty folder")
     cohort, line = store.find(run)
     vectors = cohort.vectors(None)
     if line["run"] not in vectors:

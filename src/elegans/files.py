@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,54 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """The mapping in a file of `write_json`. Raises `StoreError` where it is damaged, or lacks a name that is needed."""
+    return _mapping(path, _text(path), needed)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The mappings in a file, one a line. Raises `StoreError` where one is damaged."""
+    return [_mapping(path, line) for line in _text(path).splitlines()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}: unreadable ({error})") from None
+
+
+def _mapping(path: Path, text: str, needed: Collection[str] = ()) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise StoreError(f"{path}: damaged ({error})") from None
+    if not isinstance(found, dict) or (lacking := [name for name in needed if found.get(name) is None]):
+        raise StoreError(f"{path}: damaged, {'no mapping' if not isinstance(found, dict) else f'it lacks {lacking[0]!r}'}")
+    return found
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file atomically. The same rows give the same bytes."""
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def read_table(path: Path) -> pa.Table:
+    """The rows of a Parquet file. Raises `StoreError` where it is damaged."""
+    return _parquet(pq.read_table, path)
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """What a Parquet file notes beside its rows. Raises `StoreError` where it is damaged."""
+    return {name.decode(): value.decode() for name, value in (_parquet(pq.read_schema, path).metadata or {}).items()}
+
+
+def _parquet(read: Callable[[Path], Any], path: Path) -> Any:
+    try:
+        return read(path)
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"{path}: unreadable ({str(error).splitlines()[0]})") from None
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray], notes: dict[str, str]) -> None:

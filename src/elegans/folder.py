@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from elegans import specs
 from elegans.errors import StoreError
-from elegans.files import file_digest, read_arrays, write_arrays, write_json, write_table
+from elegans.files import file_digest, read_arrays, read_json, read_json_lines, read_table, write_arrays, write_json, write_table
 from elegans.sources import Mismatch, code_of, edited
 from elegans.training.checkpoint import arrays_to_vectors, state_to_arrays, weights_to_arrays
 from elegans.training.cohort import resolve
@@ -34,11 +33,11 @@ class Cohort:
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of spec.json, in slot order."""
-        return [json.loads(line) for line in (self.path / "spec.json").read_text().splitlines()]
+        return read_json_lines(self.path / "spec.json")
 
     def ids(self) -> set[str]:
         """The runs' ids."""
-        return set(json.loads((self.path / "plan.json").read_text())["runs"])
+        return set(read_json(self.path / "plan.json", "runs")["runs"])
 
     def specs(self) -> list[Run]:
         """The runs, in slot order. Custom components must have been imported by the user."""
@@ -51,13 +50,13 @@ class Cohort:
     def plan(self) -> CohortPlan:
         """The stored plan."""
         runs = {line["run"]: run for line, run in zip(self.lines(), self.specs(), strict=True)}
-        return CohortPlan.from_dict(json.loads((self.path / "plan.json").read_text()), runs)
+        return CohortPlan.from_dict(read_json(self.path / "plan.json"), runs)
 
     def status(self) -> dict[str, Any]:
         """Step, whether finished, diverged runs with their steps, whether an executable was rebuilt on resume."""
         path = self.path / "status.json"
         none = {"step": 0, "finished": False, "diverged": {}, "recompiled": False}
-        return none | (json.loads(path.read_text()) if path.exists() else {})
+        return none | (read_json(path) if path.exists() else {})
 
     def timings(self) -> list[dict[str, Any]]:
         """Wall-clock records: of every session of training, compile and step seconds."""
@@ -128,7 +127,7 @@ class Cohort:
 
     def stops(self) -> set[int]:
         """The steps at which runs leave the cohort; the greatest is its end."""
-        return {stop for _, stop, _ in json.loads((self.path / "plan.json").read_text())["segments"]}
+        return {stop for _, stop, _ in read_json(self.path / "plan.json", "segments")["segments"]}
 
     def passing(self) -> dict[int, Path]:
         """States by step, in order, that are there to resume from alone: none of a run's end, if it keeps its weights."""
@@ -140,11 +139,11 @@ class Cohort:
         for path in sorted(self.path.glob("state-*.safetensors"), reverse=True):
             try:
                 arrays, _ = read_arrays(path)
-                for name, digest in json.loads(_parts(path).read_text()).items():
+                for name, digest in read_json(_parts(path)).items():
                     if not (self.path / name).exists() or file_digest(self.path / name) != digest:
                         raise StoreError(f"{self.path / name}: missing or damaged")
                 return _step(path), arrays
-            except (StoreError, OSError, json.JSONDecodeError) as error:
+            except (StoreError, OSError) as error:
                 warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
         return None
 
@@ -225,7 +224,7 @@ class Writer:
         """One file for each table. The parts go only when the status says finished, so that no moment is without them."""
         for table in TABLES:
             (self.cohort.path / f"{table}.parquet").unlink(missing_ok=True)
-            parts = [pq.read_table(path) for path in self.cohort.parts(table)]
+            parts = [read_table(path) for path in self.cohort.parts(table)]
             if parts:
                 write_table(self.cohort.path / f"{table}.parquet", pa.concat_tables(parts, promote_options="permissive").combine_chunks())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from elegans import specs, studies
 from elegans.errors import Invalid, StoreError
+from elegans.files import read_json
 from elegans.store import Store
 from elegans.study import Study
 from elegans.training.run import LENGTHS, Run
@@ -56,7 +56,7 @@ def study_of(store: Store, name: str | None = None) -> Study:
     noted = store.path / "study.json"
     if name is None and not noted.exists():
         raise StoreError(f"{store.path}: no study ended here; say which to draw with --study")
-    said = str(json.loads(noted.read_text(encoding="utf-8"))["name"]) if name is None else name
+    said = str(read_json(noted, "name")["name"]) if name is None else name
     if name is None and said.removesuffix("_small").partition(".")[0] not in studies.names():
         raise StoreError(f"{store.path}: its study {said!r} is none that ships; give its file with --study")
     return load_study(said.removesuffix("_small"), said.endswith("_small"))

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,11 +33,10 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from elegans import specs
 from elegans.errors import Invalid, StoreError
-from elegans.files import locked, write_json, write_table, write_text
+from elegans.files import locked, read_json, read_table, write_json, write_table, write_text
 from elegans.folder import TABLES, Cohort
 from elegans.sources import code_of, custom_files
 from elegans.training.cost import flops_per_step, parameters
@@ -56,8 +56,8 @@ class Store:
             raise StoreError(f"{self.path}: a file, not a store; give a folder")
         if not (self.path / "format.json").exists():
             raise StoreError(f"{self.path}: no store here; make one with `elegans run ... --store {self.path}`")
-        found = json.loads((self.path / "format.json").read_text())["format"]
-        if found > FORMAT:
+        found = read_json(self.path / "format.json", "format")["format"]
+        if not isinstance(found, int) or found > FORMAT:
             raise StoreError(f"{self.path}: written by a newer elegans (format {found}, this one reads up to {FORMAT}); upgrade elegans")
         self._shown: dict[str, str | None] | None = None  # labels of the runs that are shown; none: of all, as they were stored
 
@@ -72,13 +72,19 @@ class Store:
         blocked = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
         if blocked is not None:
             raise StoreError(f"{path}: {blocked} is a file")
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise StoreError(f"{path}: {there} may not be written to; give another --store")
 
     @classmethod
     def create(cls, path: str | Path) -> Store:
         """Open the store at a path, made if there is none."""
         cls.check(path)
         path = Path(path)
-        (path / "cohorts").mkdir(parents=True, exist_ok=True)
+        try:
+            (path / "cohorts").mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a folder that seemed writable, such as one in /proc
+            raise StoreError(f"{path}: no folder can be made here ({error.strerror}); give another --store") from None
         if not (path / "format.json").exists():
             write_json(path / "format.json", {"format": FORMAT})
         return cls(path)
@@ -177,7 +183,9 @@ class Store:
     # ---- rows
 
     def table(self, name: str) -> pa.Table:
-        """The rows of `runs`, `metrics`, `positions`, `timings`, or of an instrument by its name."""
+        """The rows of `runs`, `metrics`, `positions`, `timings`, or of an instrument by its name. Raises `StoreError` for another."""
+        if not self.knows(name):
+            raise StoreError(f"{self.path}: no table {name!r}; there are {', '.join(self._names())}")
         rows = self._table(name)
         if self._shown is None or "run" not in rows.column_names:
             return rows
@@ -191,7 +199,7 @@ class Store:
         paths = [(p, cohort.id) for cohort in self.cohorts() for p in cohort.parts(name)]
         paths = paths if name in TABLES else [(p, p.stem) for p in self._row_files(name)]
         elsewhere = self._told_elsewhere()
-        tables = [_without(pq.read_table(p), elsewhere.get(cohort)) for p, cohort in paths]
+        tables = [_without(read_table(p), elsewhere.get(cohort)) for p, cohort in paths]
         return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
 
     def _row_files(self, name: str) -> list[Path]:
@@ -199,15 +207,22 @@ class Store:
 
     def has(self, name: str) -> bool:
         """Whether a table has rows."""
-        return self.table(name).num_columns > 0
+        return self.knows(name) and self.table(name).num_columns > 0
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a table of this name, with rows or without."""
+        return name in self._names()
+
+    def _names(self) -> list[str]:
+        measured = {p.name for p in (self.path / "rows").glob("*") if p.is_dir()}
+        return [*OWN_TABLES, *sorted(measured)]
 
     def tables(self) -> list[str]:
         """Names of the tables that have rows."""
         return list(self._tables())
 
     def _tables(self) -> dict[str, pa.Table]:
-        names = [*OWN_TABLES, *sorted(p.name for p in (self.path / "rows").glob("*") if p.is_dir())]
-        found = {name: self.table(name) for name in names}
+        found = {name: self.table(name) for name in self._names()}
         return {name: rows for name, rows in found.items() if rows.num_columns}
 
     def add_rows(self, instrument: str, part: str, table: pa.Table) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from elegans import report, specs
 from elegans.errors import Invalid, StoreError
 from elegans.figures import Drawing, save_paper_figures
-from elegans.files import write_json
+from elegans.files import read_json, write_json
 from elegans.folder import Cohort
 from elegans.instruments.base import Instrument, ReplicaInstrument, measure, silent
 from elegans.sources import code_of, compare
@@ -136,7 +136,7 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
 
     def conclude(store: Store) -> None:
         noted = store.path / "study.json"
-        before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}  # an answer written by hand stays
+        before = read_json(noted) if noted.exists() else {}  # an answer written by hand stays
         write_json(noted, before | {"name": study.name, "question": study.question})
         look()  # what an earlier call had no time for
         for other in study.instruments:

@@ -254,8 +254,11 @@ class Given(Store):
     def __init__(self, **tables):
         self.given = {name: pa.Table.from_pylist(rows) for name, rows in tables.items()}
 
+    def knows(self, name):
+        return name in self.given
+
     def table(self, name):
-        return self.given.get(name, pa.table({}))
+        return self.given[name]
 
     def _tables(self):
         return self.given

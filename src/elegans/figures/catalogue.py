@@ -63,7 +63,7 @@ class Tables:
         self.names: set[str] = set()
         self.lacking: dict[str, list[str]] = {}
         self.left_out: set[tuple[str, str]] = set()
-        for name, needed in NEEDED.items():
+        for name, needed in ((n, columns) for n, columns in NEEDED.items() if store.knows(n)):
             table = store.table(name)
             absent = [c for c in needed if c not in table.column_names]
             if table.num_rows and absent:

@@ -11,9 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
-
 from elegans.errors import StoreError
+from elegans.files import read_notes
 from elegans.folder import Cohort
 from elegans.sources import code_of, edited
 from elegans.specs import Spec, identity
@@ -35,7 +34,7 @@ class Noted:
     @classmethod
     def read(cls, rows: Path) -> Noted:
         """What the rows of a file were measured with."""
-        found = {name.decode(): value.decode() for name, value in (pq.read_schema(rows).metadata or {}).items()}
+        found = read_notes(rows)
         return cls(found.get("instrument", ""), json.loads(found["code"]) if "code" in found else None)
 
     def metadata(self) -> dict[str, str]:

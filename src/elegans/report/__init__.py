@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from elegans.figures.catalogue import Catalogue, Tables, catalogue
 from elegans.figures.effects import Lead, fields_first, leads_of
 from elegans.figures.scaling import Scaled, grid_of
 from elegans.figures.within import within
-from elegans.files import write_text
+from elegans.files import read_json, write_text
 from elegans.instruments.scaling import FINAL
 from elegans.report import panels, words
 from elegans.report.panels import Panel
@@ -96,7 +95,7 @@ def _attention(tables: Tables, runs: Catalogue, by: str | None) -> list[Panel]:
 def _study(store: Store, runs: Catalogue, answer: list[str], judged: bool) -> dict[str, Any]:
     """Name, question and answer. A written answer stands above the computed one."""
     path = store.path / "study.json"
-    study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    study = read_json(path) if path.exists() else {}
     computed = answer if runs.facts else ["The store is empty: no run is in it."]
     return {
         "name": study.get("name") or store.path.resolve().name,

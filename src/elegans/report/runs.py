@@ -8,6 +8,7 @@ from typing import Any
 
 from elegans.figures import style
 from elegans.figures.catalogue import SEEDS, Catalogue, shown
+from elegans.files import read_json
 from elegans.store import Store
 
 MOST_ROWS = 2000
@@ -87,7 +88,7 @@ def provenance(store: Store) -> list[tuple[list[str], list[tuple[str, str]]]]:
     for cohort in store.cohorts():
         path = cohort.path / "provenance.json"
         if path.exists():
-            found.setdefault(json.dumps(json.loads(path.read_text(encoding="utf-8")), sort_keys=True), []).append(cohort.id)
+            found.setdefault(json.dumps(read_json(path), sort_keys=True), []).append(cohort.id)
     return [(cohorts, _flat(json.loads(text))) for text, cohorts in found.items()]
 
 
