@@ -6,7 +6,7 @@ import pytest
 
 import synthetic
 from elegans.errors import StoreError
-from elegans.loading import parse_overrides
+from elegans.loading import from_yaml, parse_overrides
 from elegans.store import Store
 from running import elegans
 
@@ -99,9 +99,18 @@ def test_bad_words(words, said, tmp_path):
 
 
 def test_what_words_of_the_command_line_mean():
-    """A path with dots is no range, and "none" is what tables call nothing."""
-    axes = parse_overrides(["task.graphs=../g.g6,a..b", "seed=-1..2,7", "model.position=rotary,none,null"])
-    assert axes == {"task.graphs": ["../g.g6", "a..b"], "seed": [-1, 0, 1, 2, 7], "model.position": ["rotary", None, None]}
+    """A path with dots is no range."""
+    axes = parse_overrides(["task.graphs=../g.g6,a..b", "seed=-1..2,7", "model.position=rotary,null"])
+    assert axes == {"task.graphs": ["../g.g6", "a..b"], "seed": [-1, 0, 1, 2, 7], "model.position": ["rotary", None]}
+
+
+def test_what_is_off_is_called_none_as_tables_call_it(tmp_path):
+    (tmp_path / "none.yaml").write_text(GOOD.replace("heads: 2", "heads: 2, position: none"))
+    study = from_yaml(tmp_path / "none.yaml")
+    assert [run.model.position for run in study.runs] == [None]
+    shown = study.override(parse_overrides(["model.position=rotary,none", "label=none"])).runs
+    assert [run.model.position and run.model.position.kind for run in shown] == ["rotary", None]
+    assert [run.label for run in shown] == [None, None]
 
 
 def test_a_store_without_runs_is_listed(tmp_path):

@@ -179,8 +179,6 @@ def _values(name: str, text: str) -> list[Any]:
         if not 0 <= last - first < RANGE_LIMIT:
             raise Invalid(name, text, f"allowed: first..last, ascending, of at most {RANGE_LIMIT:,} numbers")
         return list(range(first, last + 1))
-    if text == "none":  # as tables and messages say it; YAML's word is null
-        return [None]
     try:
         return [YAML(typ="safe", pure=True).load(text)]
     except YAMLError:

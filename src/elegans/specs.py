@@ -136,9 +136,13 @@ class Spec:
     kind: typing.ClassVar[str]
     infos: typing.ClassVar[dict[str, FieldInfo]]
 
+    def __new__(cls, *_: Any, **given: Any) -> Any:
+        if "infos" not in cls.__dict__:
+            raise Invalid(cls.__name__, "undecorated class", "write @el.spec above every subclass of a spec")
+        _check_names(cls, given)  # before Python's own words, which name neither the kind nor what is allowed
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        if "infos" not in type(self).__dict__:
-            raise Invalid(type(self).__name__, "undecorated class", "write @el.spec above every subclass of a spec")
         for info in self.infos.values():
             object.__setattr__(self, info.name, _coerce(info, getattr(self, info.name)))
         if not any(_is_array(leaf) for leaf in jax.tree.leaves(self)):
@@ -308,16 +312,23 @@ def _from_dict(base: Any, data: Any) -> Any:
     cls = find_kind(base, data["kind"]) if "kind" in data else base
     if is_abstract(cls):
         raise Invalid("kind", None, f"allowed: {', '.join(kinds(base))}")
-    for name in rest:
-        if name not in cls.infos:
-            raise Invalid(str(name), rest[name], f"unknown field of {cls.kind}; allowed: {', '.join(cls.infos)}")
+    _check_names(cls, rest)
     missing = [i.name for i in cls.infos.values() if i.default is dataclasses.MISSING and i.name not in rest]
     if missing:
         raise Invalid(missing[0], None, f"{cls.kind} needs it; {cls.infos[missing[0]].allowed}")
     return cls(**{k: _field_from_dict(cls.infos[k], v) for k, v in rest.items()})
 
 
+def _check_names(cls: Any, given: Mapping[str, Any]) -> None:
+    """Raises `Invalid` for a field that a class does not have."""
+    for name in given:
+        if name not in cls.infos:
+            raise Invalid(str(name), given[name], f"unknown field of {cls.kind}; allowed: {', '.join(cls.infos)}")
+
+
 def _field_from_dict(info: FieldInfo, value: Any) -> Any:
+    if info.optional and value == "none":  # as tables and messages say it
+        return None
     if info.base is None or value is None or isinstance(value, (int, float)):
         return value
     if isinstance(value, (list, tuple)):

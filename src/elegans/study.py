@@ -272,7 +272,7 @@ def prepare(
     budget = memory_budget(chosen, memory)
     stored = _holding(store, runs)
     if resume and not any(c.status()["step"] for c in stored if not c.status()["finished"]):
-        raise StoreError(f"{store}: nothing to resume, no checkpoint of these runs; leave out --resume to start afresh")
+        raise StoreError(f"{store}: nothing to resume, no checkpoint of these runs; leave out --resume to train those that have not ended")
     discarded = _discard(store, stored, runs) if again else []
     if not again:
         _check_code(stored, runs)
