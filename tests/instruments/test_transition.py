@@ -169,7 +169,8 @@ def test_a_group_is_told_by_the_fields_that_its_kinds_have() -> None:
     run = synthetic.runs_of({})[0]
     told = [specs.flat(specs.to_dict(r)) for r in el.grid(run, {"model.position": positions, "seed": range(2)})]
     names = names_of_groups({str(i): fields for i, fields in enumerate(told)})
-    assert list(names.values()) == [f"position={p}" for p in ("learned", "rotary", "none") for _ in range(2)]
+    assert [names[i] for i in "012345"] == [f"position={p}" for p in ("learned", "rotary", "none") for _ in range(2)]
+    assert list(dict.fromkeys(names.values())) == ["position=learned", "position=none", "position=rotary"]  # group by group
     told += [specs.flat(specs.to_dict(el.replace(run, "model.position", el.Rotary(theta=100.0))))]
     names = names_of_groups({str(i): fields for i, fields in enumerate(told)})
     expected = ["position=learned", "position=rotary, theta=10000", "position=none", "position=rotary, theta=100"]

@@ -16,7 +16,7 @@ import pyarrow as pa
 from elegans import specs
 from elegans.errors import Invalid
 from elegans.instruments.scaling import FINAL
-from elegans.instruments.transition import names_of_groups, shown, told_apart
+from elegans.instruments.transition import names_of_groups, shown
 from elegans.store import Store
 from elegans.tasks import Task
 from elegans.training.run import SEEDS, differing, is_seed
@@ -32,6 +32,10 @@ NEEDED = {
     "transition": ("run", "group", "feature", "level", "loss_step", "feature_step", "lead"),
     "lead": ("group", "feature", "runs", "of", "mean", "low", "high", "verdict"),
     "change": ("group", "task", "curve", "runs", "of", "flops", "flops_low", "flops_high", "missing"),
+    "contrast": (
+        *("curve", "field", "group", "other", "runs", "of", "other_runs", "other_of", "half", "half_low", "half_high"),
+        *("change", "change_low", "change_high", "verdict"),
+    ),
     "course": ("group", "task", "curve", "step", "flops", "runs", "mean", "low", "high"),
     "scaling": ("task", "flops", "configuration", "seeds", "loss", "low", "high", "exact_match", "floor", "plateau"),
     "scaling_fit": ("task", "quantity", "value", "low", "high"),
@@ -199,13 +203,8 @@ class Catalogue:
         """Runs that differ by seed alone; where several fields tell them apart, under the names that the table `lead` has."""
         if len(self.differing) < 2:
             return self.grouping(next(iter(self.differing), None))
-        fields = {run: f.fields for run, f in self.facts.items()}
-        of, told = names_of_groups(fields), told_apart(fields)
-        places = {
-            of[run]: [(n, isinstance(v, (int, float)), v if isinstance(v, (int, float)) else shown(v)) for n, v in told[run].items()]
-            for run in of
-        }
-        return Grouping("", tuple(sorted(places, key=lambda name: places[name])), of, False)
+        of = names_of_groups({run: f.fields for run, f in self.facts.items()})
+        return Grouping("", tuple(dict.fromkeys(of.values())), of, False)
 
     def levels(self, kind: str, runs: Collection[str] | None = None) -> list[tuple[float, list[str]]]:
         """Distinct floors or plateaus, each with its runs."""

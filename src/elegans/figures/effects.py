@@ -81,6 +81,13 @@ def leads(rows: pa.Table, each: pa.Table) -> list[Lead]:
     return sorted(found, key=lambda lead: lead.feature)
 
 
+def contrasts_of(tables: Tables) -> list[dict[str, Any]]:
+    """The rows of the table `contrast` of which some run got there, of groups that are shown; none where there is no such table."""
+    shown = set(tables.ask(queries.TRANSITION)["group"].to_pylist()) if "transition" in tables.names else set()
+    rows = tables.ask(queries.CONTRAST).to_pylist() if "contrast" in tables.names else []
+    return [row for row in rows if not shown or {row["group"], row["other"]} <= shown]
+
+
 def fields_first(catalogue: Catalogue, tables: Tables) -> list[str]:
     """Differing fields, those that the groups of the table `lead` name before the others."""
     groups = tables.ask(queries.LEAD)["group"].to_pylist() if "lead" in tables.names else []

@@ -5,6 +5,7 @@ Curves, maps of probes and leads have a line or row for each group of runs that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from elegans.figures.catalogue import SHADES, Catalogue, Grouping, Tables, catal
 from elegans.figures.curves import MANY, UNITS, Series, about, band, series, y_range
 from elegans.figures.effects import (
     EFFECTS,
+    MOST_ROWS,
     Lead,
     Strip,
     ablation_caption,
+    contrasts_of,
     fields_first,
     jitter,
     lead_caption,
@@ -81,6 +84,8 @@ def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Captioned]:
             drawn |= {f"probe-{_file_name(feature)}": (probe_map(maps, feature), probe_caption(feature, who))} if maps else {}
     if found := leads_of(tables):
         drawn["lead"] = lead_forest(found), lead_caption(found, len(found))
+    if pairs := contrasts_of(tables):
+        drawn["contrast"] = contrast_forest(pairs)
     if "ablate" in tables.names:
         who, where = ("that learned", queries.among(runs.learned, len(runs.facts))) if runs.learned else ("measured", "true")
         made = strips(tables.ask(queries.ablation(where)))
@@ -246,6 +251,41 @@ def lead_forest(found: list[Lead]) -> Figure:
     name_rows(axes, [lead.name for lead in found])
     axes.set_xlabel("lead of the feature over the loss (decades of steps)")
     return figure
+
+
+def contrast_forest(pairs: Sequence[Mapping[str, Any]]) -> Captioned:
+    """By how much transitions come later in one group than in another: half-way and change points with their intervals."""
+    rows = pairs[:MOST_ROWS]
+    figure, axes = _blank(0.9 + 0.34 * len(rows))
+    axes.axvline(0, color=style.GREY, linewidth=0.8)
+    for place, row in enumerate(rows):
+        for name, marker, offset in (("half", "D", -0.14), ("change", "s", 0.14)):
+            _draw_shift(axes, row[name], row[f"{name}_low"], row[f"{name}_high"], place + offset, marker)
+        note = f"{row['verdict']}, {row['runs']}/{row['of']} and {row['other_runs']}/{row['other_of']}"
+        axes.text(1.01, place, note, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
+    name_rows(axes, [f"{row['curve']}: {row['group']}\nvs {row['other']}" for row in rows])
+    axes.set_xlabel("later by (decades of steps): half-way point (diamond), change point (square)")
+    cut = f" The first {len(rows)} of {len(pairs)} rows are drawn." if len(rows) < len(pairs) else ""
+    return figure, (
+        "By how many decades of optimiser steps a transition comes later in one group of runs than in another that differs in one field "
+        "(0.3 is a factor of two; left of zero it comes earlier). Diamonds: half-way points; squares: change points; each the median of "
+        "all differences between a run of one and a run of the other (Hodges and Lehmann), with its 95 % interval. Runs that did not get "
+        "there count as later than the end of their record; an arrow is an end that the data do not bound. Numbers: runs that got there, "
+        f"of all in each group. A verdict is given where both intervals say so. Pairs of which no run got there are left out.{cut}"
+    )
+
+
+def _draw_shift(axes: Axes, middle: float | None, low: float | None, high: float | None, place: float, marker: str) -> None:
+    """A middle with its interval; arrows to where it has no end."""
+    known = [x for x in (middle, low, high) if x is not None]
+    if not known:
+        return
+    axes.plot([min(known), max(known)], [place] * 2, color=style.BLUE, linewidth=1.2)
+    axes.plot([] if middle is None else [middle], [] if middle is None else [place], marker, color=style.BLUE, markersize=4)
+    arrow = {"arrowstyle": "->", "color": style.BLUE, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+    for end, edge, start in ((low, 0.0, min(known)), (high, 1.0, max(known))):
+        if end is None:
+            axes.annotate("", (edge, place), (start, place), axes.get_yaxis_transform(), axes.transData, arrowprops=arrow)
 
 
 def ablation(made: list[Strip], value: str) -> Figure:

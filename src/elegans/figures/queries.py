@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 FEATURES = "select feature, count(distinct run) as runs from probe where accuracy is not null group by feature order by feature"
 LEAD = 'select * from lead order by feature, "group"'
 TRANSITION = 'select run, "group", feature, loss_step, feature_step, lead from transition order by feature, run'
+CONTRAST = 'select * from contrast where runs + other_runs > 0 order by curve, field, "group", other'
 SCALING = "select * from scaling order by task, flops"
 SCALING_FIT = "select * from scaling_fit where quantity = 'half' order by task"
 SITES = """with ends as (select run, feature, site, step, avg(accuracy) as accuracy from probe

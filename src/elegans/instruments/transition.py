@@ -13,7 +13,21 @@ import pyarrow as pa
 from elegans import specs
 from elegans.errors import Invalid
 from elegans.instruments.base import StoreInstrument
-from elegans.instruments.crossings import SHARE, Bracket, change_point, crossing, decades, interval, lead_of, loudness, spanning
+from elegans.instruments.contrast import Seen, contrasts
+from elegans.instruments.crossings import (
+    EARLIEST,
+    SHARE,
+    Bracket,
+    bracket,
+    change_point,
+    crossing,
+    decades,
+    interval,
+    lead_of,
+    loudness,
+    spanning,
+    verdict,
+)
 from elegans.specs import field, spec
 from elegans.store import Store
 from elegans.tasks import Task
@@ -28,6 +42,7 @@ READABLE = f"""select run, feature, site, step, list_avg(list({SCORE}::double or
 from {PROBES} where coalesce(accuracy, r2) is not null group by run, feature, site, step order by run, feature, step, site"""
 LOSSES = "select run, step, loss from metrics where split = 'validation' and loss is not null order by step"
 NEVER_FELL, NEVER_READ, NO_START = "loss never fell", "never readable", "untrained network not probed"
+EARLY = "readable untrained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +60,16 @@ class Course:
     def change(self) -> Bracket | None:
         """The recorded steps between which it changes."""
         return None if self.step is None else change_point(self.steps, [max(v, self.least) for v in self.values])
+
+    @property
+    def seen(self) -> Seen | None:
+        """Where it is half-way and where it changes, as far as the record goes; None where that is not known."""
+        if self.change is not None and self.step is not None:
+            return Seen((math.log10(self.step),) * 2, decades(self.change))
+        if self.missing == EARLY or (self.level is not None and bracket(self.steps, self.values, self.level)[0] == -math.inf):
+            return Seen(*[(-math.inf, math.log10(EARLIEST))] * 2)
+        never = self.missing in (NEVER_FELL, NEVER_READ) and len(self.steps)
+        return Seen(*[decades((self.steps[-1], math.inf))] * 2) if never else None
 
 
 @spec
@@ -68,6 +93,14 @@ class Transition(StoreInstrument):
     Per group and curve (`loss`, or a feature), table `change`: the change point, as `change_point` of instruments/crossings.py, in
     steps and in FLOPs; t interval over seeds of its logarithm, widened by the recorded steps that it lies between. The loss
     is cut at its plateau, since the fall to it is not the transition. And table `course`: the mean curves themselves, with t intervals.
+
+    Per curve and pair of groups that differ in one field, table `contrast`: by how many decades of steps the transition comes later in
+    `group` than in `other`, half-way points (`half`) and change points (`change`), each the Hodges-Lehmann estimate with its interval, see
+    `shift` of instruments/crossings.py. A run that did not get there counts as later than the end of its record (`runs` of `of` got
+    there), where `lead` and `change` leave it out: groups of which few runs learned are compared without choosing those. A null end is one
+    that the data do not bound. Groups are independent samples: seeds that they share are not paired, which widens the interval
+    where these share their luck. `verdict`: later, earlier, no shift (within `same`) where both intervals say so, else undecided.
+    Pairs of too few runs for an interval (at 95 % below 4 and 4, or 3 and 5) have no row. Each interval is of one comparison.
     """
 
     confidence: float = field(0.95, "coverage of the intervals", gt=0, lt=1)
@@ -83,10 +116,12 @@ class Transition(StoreInstrument):
         rows = [{"group": groups[run].name} | _transition(run, feature, losses[run], seen) for (run, feature), seen in features.items()]
         curves = _grouped(groups, {(run, "loss"): course for run, course in losses.items()} | features)
         leads = _grouped(groups, {(run, feature): (losses[run], seen) for (run, feature), seen in features.items()})
+        seen = {(g.name, name): [course.seen for course in members] for (g, name), members in curves.items()}
         return {
             "transition": pa.Table.from_pylist(rows, schema=_TRANSITION),
             "lead": pa.Table.from_pylist([{"group": g.name, "feature": f} | self._lead(pairs) for (g, f), pairs in leads.items()], _LEAD),
             "change": pa.Table.from_pylist([self._change(g, name, members) for (g, name), members in curves.items()], _CHANGE),
+            "contrast": contrasts(seen, {_name(fields): fields for fields in _told(store).values()}, self.confidence, self.same),
             "course": pa.Table.from_pylist([r for (g, name), members in curves.items() for r in self._course(g, name, members)], _COURSE),
         }
 
@@ -95,7 +130,7 @@ class Transition(StoreInstrument):
         if steps[0] > 0:
             return Course(steps, score, None, None, NO_START)
         if score[-1] - score[0] < self.least:
-            return Course(steps, score, None, None, NEVER_READ if score[0] < 1 - self.least else "readable untrained")
+            return Course(steps, score, None, None, NEVER_READ if score[0] < 1 - self.least else EARLY)
         level = (score[0] + score[-1]) / 2
         step = crossing(steps, score, level)
         return Course(steps, score, level, step, "" if step else NEVER_READ)
@@ -110,9 +145,7 @@ class Transition(StoreInstrument):
         leads, brackets = zip(*known, strict=True)
         mean, low, high = interval(leads, self.confidence)
         change, change_low, change_high = spanning(brackets, self.confidence)
-        if low is not None and high is not None:
-            within = -self.same < low and high < self.same
-            row["verdict"] = "leads" if low > 0 else "lags" if high < 0 else "no lead" if within else "undecided"
+        row["verdict"] = verdict(low, high, self.same, ("leads", "lags", "no lead"))
         row |= {"mean": mean, "low": low, "high": high, "change": change, "change_low": change_low, "change_high": change_high}
         return row | {"loudness": loudness(change_low, change_high, self.same)}
 
@@ -218,22 +251,38 @@ def _grouped(groups: dict[str, Group], values: dict[tuple[str, str], Any]) -> di
     return dict(sorted(found.items()))
 
 
+def _told(store: Store) -> dict[str, dict[str, Any]]:
+    return told_apart({line["run"]: specs.flat(line["spec"]) for line in store.lines()})
+
+
 def group_names(store: Store) -> dict[str, str]:
     """Run id to the name of its group: the fields in which runs of the store differ, seeds aside."""
-    return names_of_groups({line["run"]: specs.flat(line["spec"]) for line in store.lines()})
+    return {run: _name(fields) for run, fields in _told(store).items()}
 
 
 def names_of_groups(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """`group_names` of some runs alone; of each what `specs.flat` gives."""
-    told = told_apart(runs)
-    return {run: ", ".join(f"{n.rpartition('.')[2]}={shown(v)}" for n, v in told[run].items()) or "all runs" for run in runs}
+    """`group_names` of some runs alone, group by group; of each run what `specs.flat` gives."""
+    return {run: _name(fields) for run, fields in told_apart(runs).items()}
 
 
 def told_apart(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Run id to the fields by which its group is told from others: those that specs of its kinds have, None where one is off."""
+    """Run id to the fields by which its group is told from others: those that specs of its kinds have, None where one is off.
+
+    In the order of these fields, numbers by size.
+    """
     differ = [n for n in differing(list(runs.values())) if not is_seed(n)]
     known = {(n, holder(f, n)) for n in differ for f in runs.values() if f.get(n) is not None}
-    return {run: {n: f.get(n) for n in differ if (n, holder(f, n)) in known} for run, f in runs.items()}
+    told = {run: {n: f.get(n) for n in differ if (n, holder(f, n)) in known} for run, f in runs.items()}
+    return {run: told[run] for run in sorted(told, key=lambda run: [(n, *_place(v)) for n, v in told[run].items()])}
+
+
+def _place(value: Any) -> tuple[bool, Any]:
+    """A key that sorts numbers by size and all else by name."""
+    return (True, value) if isinstance(value, (int, float)) else (False, shown(value))
+
+
+def _name(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{n.rpartition('.')[2]}={shown(v)}" for n, v in fields.items()) or "all runs"
 
 
 def shown(value: Any) -> str:
