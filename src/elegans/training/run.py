@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -173,7 +174,7 @@ class Run(Spec):
         per_token = self.model.flops_per_token(self.task.vocab_size, positions, self.count)
         return per_token * self.batch * positions
 
-    @property
+    @functools.cached_property
     def length(self) -> int:
         """Optimiser steps: the smallest number that reaches the asked length."""
         if self.steps is not None:
@@ -187,6 +188,6 @@ class Run(Spec):
         """The steps at which its weights are kept; the last of them is its end. Empty where nothing is kept."""
         return [self.length] if self.record.weights is None else self.record.weights.upto(self.length)
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         return identity(self)
