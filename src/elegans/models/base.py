@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import contextvars
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -91,6 +95,38 @@ class Context:
             return x
         kept = jax.random.bernoulli(jax.random.fold_in(self.key, purpose), 1 - self.dropout, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - self.dropout, x.dtype), 0)
+
+
+# ---- tracing parts that are alike once
+
+ONCE: contextvars.ContextVar[bool] = contextvars.ContextVar("once", default=False)  # see `once`
+
+
+@contextlib.contextmanager
+def once() -> Iterator[None]:
+    """Within it layers that are alike are traced once: for measuring a trace, as a program of it would round otherwise."""
+    token = ONCE.set(True)
+    try:
+        yield
+    finally:
+        ONCE.reset(token)
+
+
+def traced_once(part: Callable[..., Array], given: tuple[Any, ...], context: Context) -> Array:
+    """`part(*given, context)`. JAX keeps the trace, and its gradient's and batch's, for the next call with the same shapes."""
+    moving = context.tokens, context.positions, context.key, context.dropout
+    y, seen = _traced(part, given, moving, context.fused)
+    for name, value in seen.items():
+        context.site(name, value)
+    return y
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _traced(part: Callable[..., Array], given: tuple[Any, ...], moving: tuple[Any, ...], fused: bool) -> tuple[Array, dict[str, Array]]:
+    tokens, positions, key, dropout = moving
+    seen: dict[str, Array] = {}
+    y = part(*given, Context(tokens, lambda name, value: seen.setdefault(name, value), positions, key, dropout, fused))
+    return y, seen
 
 
 @spec

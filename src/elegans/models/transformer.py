@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
 from elegans.models import fused, fused_attention, fused_attention_block, fused_mlp
-from elegans.models.base import Context, Dtype, FeedForward, Mixer, Model, Norm, Params, Sizes
+from elegans.models.base import ONCE, Context, Dtype, FeedForward, Mixer, Model, Norm, Params, Sizes, traced_once
 from elegans.models.positions import Learned, Positions, Rotary
 from elegans.specs import field, spec, structure
 from elegans.types import Edit, Trace, no_edit
@@ -314,7 +314,11 @@ class Transformer(Model):
             for i, (block, mixer) in enumerate(zip(params["blocks"], self._mixers, strict=True)):
                 layer_key = None if key is None else jax.random.fold_in(key, i + 1)
                 here = Context(tokens, lambda name, y, i=i: site(f"{name}.{i}", y), self.position, layer_key, self.dropout, kernels)
-                x = self._block(mixer, block, x, here)
+                if ONCE.get() and edit is no_edit:
+                    alone = dataclasses.replace(self, layers=1, attention=mixer)  # is alike in models of any depth
+                    x = traced_once(type(self)._block, (alone, mixer, block, x), here)
+                else:
+                    x = self._block(mixer, block, x, here)
             x = site("normed", self.norm.apply(params["ln_final"], x, Context(tokens, site)) if self.norm else x)
             w = params["embed"]["W_E"].T if self.tied else params["unembed"]["W_U"]
             logits = site("logits", jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32))

@@ -6,10 +6,13 @@ obeyed on resume, because kernels, and so bits, depend on a cohort's size.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import gc
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +22,17 @@ import scipy.sparse
 from jax.extend import core as jex
 
 from elegans.errors import Invalid
+from elegans.models import Transformer
+from elegans.models.base import once
 from elegans.sources import code_of
-from elegans.tasks.sampling import prepare
+from elegans.tasks.sampling import TaskData, prepare
 from elegans.training.cohort import group, resolve, traced
 from elegans.training.cost import Rates, flops_per_step, parameters, rates_of
-from elegans.training.run import Run
-from elegans.training.step import advance, draw_data, start, trained_of
+from elegans.training.optimisers import AdamW
+from elegans.training.run import Record, Run
+from elegans.training.step import Update, draw_batch, draw_data, start, take, trained_of
 from elegans.training.transfer import lineage, origin
+from elegans.types import Example
 
 LARGEST = 1024  # replicas of a cohort; throughput saturates far below
 CHECKPOINTS = 20  # of a cohort, evenly spaced
@@ -104,8 +111,21 @@ def plan(
         if run.after is not None:
             origin(run)
     rates = rates_of(platform)
-    sized = [found for members in group(runs) for found in _sized(members, memory, measure)]
+    with _uncollected():
+        sized = [found for members in group(runs) for found in _sized(members, memory, measure)]
     return [_cohort(members, rates, memory, devices, needed) for members, needed in sized]
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's search for cycles: traces leave millions of objects in caches, which took 2/5 of the time to look through."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _cohort(members: list[Run], rates: Rates, memory: int, devices: int, needed: int) -> CohortPlan:
@@ -221,15 +241,40 @@ def check(run: Run, memory: int) -> int:
 
 
 def traced_bytes(run: Run) -> int:
-    """Most bytes that one training step keeps at a time, unfused: an upper bound on its memory."""
-    task = prepare(run.task)
+    """Most bytes that a replica has at a time in one training step, unfused: an upper bound on its memory.
+
+    Layers that are alike are traced once, as are the batches of structures that differ in the model; both make it a few per cent looser.
+    """
+    try:
+        with once():
+            return _traced_bytes(run)
+    except Exception:  # a component that cannot be traced so; or a mistake, which the plain trace names as a field of the run
+        return _traced_bytes(run)
+
+
+def _traced_bytes(run: Run) -> int:
+    task, weights = prepare(run.task), parameters(run)
 
     def step(run: Run) -> Any:
-        return advance(run, start(run), jnp.int32(0), draw_data(run, task))
+        return take(run, start(run, jnp.zeros(weights)), jnp.int32(0), _first_batch(_drawing(run), task))
 
-    return _peak(traced(run, lambda r: jax.make_jaxpr(step)(r)).jaxpr)
+    peak = _peak(traced(run, lambda r: jax.make_jaxpr(step)(r)).jaxpr)
+    data = jax.eval_shape(draw_data, _drawing(resolve(run)), task)  # an argument of every step
+    return peak + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(data))
 
 
+def _drawing(run: Run) -> Run:
+    """The run with nothing of its own but what its batches depend on."""
+    return dataclasses.replace(run, model=Transformer(), optim=AdamW(), update=Update(), record=Record(), trained=None)
+
+
+@jax.jit
+def _first_batch(run: Run, task: TaskData) -> Example:
+    """Traced once for all runs that draw alike."""
+    return draw_batch(run, jnp.int32(0), draw_data(run, task))
+
+
+@functools.lru_cache(1024)
 def _peak(jaxpr: Any) -> int:
     """Most bytes alive at a time where every array is made in order and freed after its last use; inner programs on top."""
     last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, jex.Literal)}
@@ -237,15 +282,13 @@ def _peak(jaxpr: Any) -> int:
     ends: dict[int, int] = {}  # bytes that an equation is the last to use
     alive = peak = 0
     for i, eqn in enumerate(jaxpr.eqns):
-        inner = [getattr(v, "jaxpr", v) for v in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(v)]
         made = [(v, v.aval.size * v.aval.dtype.itemsize) for v in eqn.outvars if hasattr(v.aval, "dtype")]
-        alive += sum(size for _, size in made)
-        peak = max(peak, alive + max(map(_peak, inner), default=0))
+        within = max(map(_peak, jex.jaxprs_in_params(eqn.params)), default=0)
+        results = sum(size for _, size in made)
+        again = results if eqn.primitive.name == "jit" else 0  # a function makes its results itself: they are in its peak already
+        peak = max(peak, alive + results + max(0, within - again))
+        alive += results
         for v, size in made:
             ends[last.get(v, i)] = ends.get(last.get(v, i), 0) + size
         alive -= ends.pop(i, 0)
     return peak
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr))

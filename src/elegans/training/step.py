@@ -129,9 +129,15 @@ def initial(run: Run) -> Any:
     return run.model.init(key_for(run.init_seed, Purpose.INIT), run.task.vocab_size, run.task.positions)
 
 
+_SHAPES: dict[Any, Any] = {}  # by what shapes depend on: leaves shape nothing
+
+
 def shapes_of(run: Run) -> Any:
     """The tree of the weights' shapes, computing nothing."""
-    return jax.eval_shape(lambda: initial(run))
+    key = jax.tree.structure(run.model), run.task.vocab_size, run.task.positions
+    if key not in _SHAPES:
+        _SHAPES[key] = jax.eval_shape(lambda: initial(run))
+    return _SHAPES[key]
 
 
 def params_of(run: Run, vector: Float[AnyArray, "*lead parameter"]) -> Any:
@@ -222,7 +228,11 @@ def advance(run: Run, state: State, step: Int[Array, ""], data: RunData) -> tupl
     metrics are is known before the update and stops it; whether the new parameters are would need a
     second pass over them, so that update is kept, and is the last one.
     """
-    batch = draw_batch(run, step, data)
+    return take(run, state, step, draw_batch(run, step, data))
+
+
+def take(run: Run, state: State, step: Int[Array, ""], batch: Example) -> tuple[State, Metrics]:
+    """The optimiser step of a batch, see `advance`."""
     new, metrics = run.update.apply(run, state, batch, step, key_for(run.seed, Purpose.DROPOUT, step))
     if run.trained is not None:
         new = dataclasses.replace(new, params=jnp.where(mask_of(run), new.params, state.params))
