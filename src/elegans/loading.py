@@ -18,7 +18,7 @@ from elegans.errors import Invalid, StoreError
 from elegans.files import read_json
 from elegans.store import Store
 from elegans.study import Study
-from elegans.training.device import keep_programs
+from elegans.training.device import keep_programs, use_cores
 from elegans.training.run import LENGTHS, Run
 
 RANGE_LIMIT = 1_000_000  # values of one a..b
@@ -29,7 +29,8 @@ def load_study(name: str, small: bool = False) -> Study:
 
     `small` asks for what the file defines as `small`, a version of the study for two CPU cores.
     """
-    keep_programs()  # a task's rows may be counted, by a program, to know how long a run is
+    keep_programs()  # a task's rows may be counted, by a program, to know how long a run is: that starts JAX
+    use_cores()
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and not small:
         return from_yaml(path)

@@ -1,6 +1,8 @@
 """Programs compiled in threads are the programs that would have been compiled in turn."""
 
 import functools
+import os
+import subprocess
 import sys
 
 import jax
@@ -77,3 +79,15 @@ def test_threads_wait_less_for_python_s_lock_while_programs_are_compiled():
     assert sys.getswitchinterval() == before
     with Ahead([], jax.devices()[0], workers=0):
         assert sys.getswitchinterval() == before
+
+
+def test_every_core_is_a_device_though_loading_a_study_starts_jax(tmp_path):
+    """The length of a run in FLOPs is known once rows of its task were counted, by a program."""
+    file = tmp_path / "counted.py"
+    file.write_text(
+        "import elegans as el, jax\nrun = el.Run(el.ShortestPath(vertices=4), el.Transformer(layers=1, d_model=4, heads=1), flops=1e9)\n"
+        "assert run.length > 1\nprint(len(jax.devices('cpu')))\nstudy = el.Study([run])\n"
+    )
+    asked = [sys.executable, "-c", f"from elegans.loading import load_study; load_study({str(file)!r})"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert int(said.stdout) == len(os.sched_getaffinity(0))
