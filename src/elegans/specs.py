@@ -231,9 +231,6 @@ def _accept(t: Any, value: Any) -> Any:
     return value if isinstance(value, t) else None
 
 
-_TESTS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
-
-
 def _check_bounds(info: FieldInfo, value: Any) -> None:
     if isinstance(value, (Spec, str)):
         return
@@ -243,7 +240,7 @@ def _check_bounds(info: FieldInfo, value: Any) -> None:
     for v in value if isinstance(value, tuple) else (value,):
         if info.role == "leaf" and isinstance(v, float) and v and not FLOAT_LIMITS[0] <= abs(v) <= FLOAT_LIMITS[1]:
             raise Invalid(info.name, value, f"{info.allowed}, of the size that float32 holds")
-        if isinstance(v, (int, float)) and not all(_TESTS[k](v, b) for k, b in bounds.items()):
+        if isinstance(v, (int, float)) and not all(getattr(operator, k)(v, b) for k, b in bounds.items()):
             raise Invalid(info.name, value, dataclasses.replace(info, bounds=bounds).allowed)
 
 
