@@ -15,7 +15,7 @@ from elegans.sources import NUMERICS
 from elegans.store import Store
 from elegans.training import planner
 from elegans.training.cohort import Programs
-from elegans.training.device import choose
+from elegans.training.device import choose, within_memory
 from elegans.training.train import Checkpoint, Compiled
 from running import elegans
 
@@ -218,3 +218,31 @@ def test_loading_runs_no_code_of_the_store(copy):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert elegans("sql", copy / "store", "select * from runs").status == 0
+
+
+def test_a_device_too_full_is_one_line_and_what_had_not_begun_is_planned_anew(trained, tmp_path, monkeypatch):
+    """With another memory; what had begun keeps its plan."""
+    asked = "run", trained / "scaled_study.py", "--store", tmp_path / "store"
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.41GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Programs, "chunk", full)
+        forget()
+        answer = elegans(*asked, "--memory", "2GiB")
+    assert answer.status == 2 and "smaller --memory" in answer.err.strip().splitlines()[-1] and "Traceback" not in answer.err
+    memory = [cohort.plan().memory for cohort in Store(tmp_path / "store").cohorts()]
+    forget()
+    assert elegans(*asked, "--memory", "1GiB").status == 0
+    (cohort,) = Store(tmp_path / "store").cohorts()
+    assert (memory, cohort.plan().memory, cohort.status()["finished"]) == ([2 * 2**30], 2**30, True)
+    unfinish(tmp_path / "store")
+    forget()
+    assert elegans(*asked, "--memory", "2GiB").status == 0
+    assert [c.plan().memory for c in Store(tmp_path / "store").cohorts()] == [2**30]
+
+
+def test_no_other_error_of_a_device_is_called_a_lack_of_memory():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), within_memory(10):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a broken program")

@@ -31,7 +31,7 @@ from elegans.training.ahead import Ahead
 from elegans.training.checkpoint import arrays_to_state
 from elegans.training.cohort import Programs, group, resolve
 from elegans.training.cost import flops_per_step, rates_of
-from elegans.training.device import choose, memory_budget, provenance
+from elegans.training.device import choose, memory_budget, provenance, within_memory
 from elegans.training.planner import CohortPlan, divide, plan, seconds
 from elegans.training.run import Run, unseeded
 from elegans.training.train import Checkpoint, Compiled, Progress, train_cohort
@@ -235,7 +235,8 @@ def train(
         with Ahead(wanted, work.device) as ahead:
             for cohort, planned in unfinished:
                 if time.monotonic() < until:
-                    _train(opened, cohort, planned, ahead, until, listener)
+                    with within_memory(planned.bytes):
+                        _train(opened, cohort, planned, ahead, until, listener)
                     if cohort.status()["finished"]:
                         ended()
         last(opened)
@@ -251,7 +252,7 @@ class Work:
     memory: int
     stored: list[Cohort]  # cohorts of the store that hold runs of the study, finished or not
     new: list[CohortPlan]
-    discarded: list[Cohort]  # by `again`
+    discarded: list[Cohort]  # by `again`, or planned for another memory and not begun
 
 
 def prepare(
@@ -273,7 +274,8 @@ def prepare(
     stored = _holding(store, runs)
     if resume and not any(c.status()["step"] for c in stored if not c.status()["finished"]):
         raise StoreError(f"{store}: nothing to resume, no checkpoint of these runs; leave out --resume to train those that have not ended")
-    discarded = _discard(store, stored, runs) if again else []
+    replanned = [c for c in stored if memory is not None and not c.status()["step"] and c.plan().memory != budget]
+    discarded = _discard(store, stored, runs) if again else replanned
     if not again:
         _check_code(stored, runs)
     kept = [c for c in stored if c not in discarded]

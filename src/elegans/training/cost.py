@@ -39,7 +39,7 @@ class Rates:
         return max(self.layer * layers, flops_per_step(run) * replicas / min(self.width * width, self.most))
 
 
-RATES = {"cpu": Rates(1.2e9, 1e11, 2e-4, 8.0), "gpu": Rates(5e11, 1.5e14, 1e-4, 8.0)}  # two cores; one H100 with 16 cores
+RATES = {"cpu": Rates(1.2e9, 1e11, 2e-4, 8.0), "gpu": Rates(8e11, 1.5e14, 1e-4, 8.0)}  # two cores; one H100 with 16 cores
 
 
 def rates_of(platform: str) -> Rates:

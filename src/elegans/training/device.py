@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,18 @@ def parse_bytes(text: str) -> int:
     if size <= 0:
         raise Invalid("memory", text, "allowed: a size above 0")
     return size
+
+
+@contextlib.contextmanager
+def within_memory(planned: int) -> Iterator[None]:
+    """Raises `Invalid` where a device's memory does not hold what is computed within, though so many bytes were planned for it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        allowed = "let other programs on the device end; what has not begun is planned anew with a smaller --memory"
+        raise Invalid("memory", f"a device too full for {planned:,} bytes", allowed) from error
 
 
 def provenance(device: jax.Device, memory: int) -> dict[str, Any]:
