@@ -27,12 +27,12 @@ from elegans.instruments.base import Instrument, ReplicaInstrument, measure, sil
 from elegans.sources import code_of, compare
 from elegans.store import Store, label_of
 from elegans.tasks.checks import check_custom
-from elegans.training.ahead import Ahead
+from elegans.training.ahead import Ahead, in_turn
 from elegans.training.checkpoint import arrays_to_state
 from elegans.training.cohort import Programs, group, resolve
-from elegans.training.cost import flops_per_step, rates_of
+from elegans.training.cost import flops_per_step
 from elegans.training.device import choose, memory_budget, provenance, within_memory
-from elegans.training.planner import CohortPlan, divide, plan, seconds
+from elegans.training.planner import CohortPlan, divide, plan
 from elegans.training.run import Run, unseeded
 from elegans.training.train import Checkpoint, Compiled, Progress, train_cohort
 from elegans.training.transfer import depth, inherited, lineage
@@ -230,7 +230,7 @@ def train(
         opened.remove(work.discarded)
         for planned in work.new:
             opened.add(planned, provenance(work.device, work.memory))
-        unfinished = _unfinished(opened, work, minutes is not None)
+        unfinished = _unfinished(opened, work, minutes)
         wanted = [(planned, s) for cohort, planned in unfinished for s in planned.segments if s.stop > cohort.status()["step"]]
         with Ahead(wanted, work.device) as ahead:
             for cohort, planned in unfinished:
@@ -352,14 +352,13 @@ def _parent(cohort: Cohort, run: Run, read: dict[Any, dict[str, np.ndarray]]) ->
     return found
 
 
-def _unfinished(store: Store, work: Work, hurried: bool) -> list[tuple[Cohort, CohortPlan]]:
-    """Parents first; then the longest, so that others compile meanwhile; the shortest where time is short, so that most finish."""
+def _unfinished(store: Store, work: Work, minutes: float | None) -> list[tuple[Cohort, CohortPlan]]:
+    """Cohorts in the order in which they train."""
     for cohort in store.cohorts():
         if cohort.status()["finished"]:
             cohort.tidy()
     left = [(c, c.plan()) for c in _holding(store.path, work.runs) if not c.status()["finished"]]
-    order, rates = 1 if hurried else -1, rates_of(work.device.platform)
-    return sorted(left, key=lambda found: (depth(found[1].runs[0]), order * seconds(found[1].runs[0], found[1].segments, rates)))
+    return [left[i] for i in in_turn([(planned, c.status()["step"]) for c, planned in left], work.device, minutes)]
 
 
 def _train(store: Store, cohort: Cohort, planned: CohortPlan, ahead: Ahead, until: float, listener: Listener) -> None:

@@ -7,10 +7,13 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
-from elegans import Addition, At, Record, Run, Transformer, grid
-from elegans.training.ahead import Ahead
+import elegans as el
+from elegans import Addition, At, Record, Run, Transformer, grid, replace
+from elegans.training.ahead import Ahead, in_turn
 from elegans.training.cohort import Programs
+from elegans.training.device import compiler_options
 from elegans.training.planner import plan
 from elegans.training.train import Checkpoint, train_cohort
 
@@ -70,6 +73,55 @@ def test_on_a_device_replicas_are_taken_in_one_program_that_is_compiled_ahead(mo
     states = programs.start()
     smaller = Programs(runs[:2], jax.devices()[0], 1).place(states)
     assert np.array_equal(smaller.params, np.asarray(states.params)[:2])
+
+
+@el.spec
+class Keeping(el.Attention):
+    """Attention that adds what it read in the layer before, which no trace of one layer alone can."""
+
+    def apply(self, params, x, context):
+        CALLS.append(x)
+        return super().apply(params, x, context) + (CALLS[-2] if len(CALLS) > 1 else 0)
+
+
+CALLS: list = []
+
+
+@pytest.mark.parametrize(("attention", "once"), [(el.Attention(), True), (Keeping(), False)], ids=["own", "custom"])
+def test_for_a_device_layers_that_are_alike_are_traced_once_to_the_same_losses(attention, once, monkeypatch):
+    run = replace(replace(RUN, "model.layers", 4), "model.attention", attention)
+    losses, calls = [], []
+    block = Transformer._block
+    monkeypatch.setattr(Transformer, "_block", lambda self, *args: calls.append(1) or block(self, *args))
+    for on_cpu in (True, False):
+        CALLS.clear(), calls.clear()
+        monkeypatch.setattr(Programs, "_on_cpu", on_cpu)
+        programs = Programs([run], jax.devices()[0], 1)
+        programs.compile()
+        assert len(calls) == (1 if once and not on_cpu else 4)
+        losses.append(programs.chunk(programs.start(), 0, 3)[1]["loss"])
+    assert np.allclose(*losses, rtol=1e-5, atol=0)
+
+
+def test_a_long_cohort_and_a_short_one_train_in_turn_where_programs_compile_ahead(monkeypatch):
+    runs = [replace(RUN, "steps", n) for n in (4000, 20, 300_000, 90, 10**8)]
+    left = [(one, 0) for run in runs for one in plan([run], 2**30)]
+    steps = lambda **how: [left[i][0].steps for i in in_turn(left, jax.devices()[0], **how)]  # noqa: E731
+    assert steps() == [10**8, 300_000, 4000, 90, 20] and steps(minutes=5) == steps()[::-1]
+    monkeypatch.setattr("elegans.training.ahead.workers_for", lambda device: 1)
+    assert steps() == [10**8, 20, 300_000, 90, 4000]
+    assert steps(minutes=5) == [300_000, 20, 4000, 90, 10**8]  # what does not end in time comes last
+
+
+def test_a_gpu_s_wide_models_in_bfloat16_are_compiled_without_triton_s_products():
+    tried = {
+        (platform, dtype, d)
+        for platform in ("cpu", "gpu")
+        for dtype in ("float32", "bfloat16")
+        for d in (8, 64, 512)
+        if not compiler_options(platform, Transformer(d_model=d, dtype=dtype))
+    }
+    assert len(tried) == 10 and not tried & {("gpu", "bfloat16", 64), ("gpu", "bfloat16", 512)}
 
 
 def test_threads_wait_less_for_python_s_lock_while_programs_are_compiled():

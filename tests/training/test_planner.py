@@ -7,6 +7,7 @@ import pytest
 from jax.extend import core as jex
 
 from elegans import MLP, AdamW, Addition, Attention, FixedAttention, Learned, Parity, Run, Transformer, grid, replace, spec
+from elegans.errors import Invalid
 from elegans.tasks.sampling import prepare
 from elegans.training import planner
 from elegans.training.cohort import Programs, resolve
@@ -97,7 +98,7 @@ class Noted(Attention):
 CALLS: list[tuple[int, ...]] = []
 
 
-def test_layers_that_are_alike_are_traced_once_and_no_program_is_made_of_that():
+def test_layers_that_are_alike_are_traced_once_and_no_program_of_a_cpu_is_made_of_that():
     run = replace(RUN, "model.attention", Noted())
     calls = {}
     for layers in (2, 9):
@@ -108,6 +109,43 @@ def test_layers_that_are_alike_are_traced_once_and_no_program_is_made_of_that():
     CALLS.clear()
     whole(replace(run, "model.layers", 4))
     assert len(CALLS) == 4
+    CALLS.clear()
+    Programs([replace(run, "model.layers", 4)], choose(), 1).compile()
+    assert len(CALLS) == 4
+
+
+def test_on_a_device_a_bound_decides_and_what_one_run_needs_is_measured_where_it_leaves_none():
+    runs = grid(RUN, {"seed": range(10)})
+    bound = planner.traced_bytes(RUN)
+    measured: list[int] = []
+
+    def measure(members):
+        measured.append(len(members))
+        return len(members) * bound // 3
+
+    def sizes(memory: int, platform: str) -> list[int]:
+        measured.clear()
+        return [len(plan.runs) for plan in planner.plan(runs, memory, measure, platform=platform)]
+
+    assert sizes(4 * bound, "gpu") == [4, 3, 3] and not measured  # even, and as few as can be
+    assert sizes(4 * bound, "cpu") == [10] and measured == [10]
+    assert sizes(bound // 2, "gpu") == [1] * 10 and measured == [1]
+    with pytest.raises(Invalid, match="one run of this structure needs"):
+        sizes(bound // 4, "gpu")
+
+
+@pytest.mark.parametrize("runs", [1, 7, 24, 25])
+@pytest.mark.parametrize("most", [1, 3, 8, 24])
+def test_what_is_left_of_a_group_is_divided_as_if_nothing_were_stored(runs, most):
+    members = grid(RUN, {"seed": range(runs)})
+    parts = planner.evenly(members, most)
+    assert [run for part in parts for run in part] == members
+    assert max(map(len, parts)) <= most and len(parts) == -(-runs // most)
+    assert len({len(p) for p in parts}) <= 2 and sorted(parts, key=len, reverse=True) == parts
+    done = 0
+    for i, part in enumerate(parts[:-1]):
+        done += len(part)
+        assert planner.evenly(members[done:], most) == parts[i + 1 :]
 
 
 @spec

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -17,8 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 
 from elegans.training.cohort import Programs
-from elegans.training.planner import CohortPlan, Segment
+from elegans.training.cost import rates_of
+from elegans.training.planner import CohortPlan, Segment, seconds
 from elegans.training.run import Run
+from elegans.training.transfer import depth
 
 SPARE = 2  # programs that may lie ready besides those being compiled
 SWITCH = 5e-4  # seconds for which a thread keeps Python's lock while another wants it: training asks for it often and briefly
@@ -42,9 +45,27 @@ def build(runs: Sequence[Run], device: jax.Device, devices: int) -> Ready:
 
 
 def workers_for(device: jax.Device) -> int:
-    """Threads to compile with: half of the cores, less one; none where training itself needs the cores."""
+    """Threads to compile with: half of the cores; none where training itself needs the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if device.platform == "cpu" else max(1, cores // 2 - 1)
+    return 0 if device.platform == "cpu" else max(1, cores // 2)
+
+
+def in_turn(left: Sequence[tuple[CohortPlan, int]], device: jax.Device, minutes: float | None = None) -> list[int]:
+    """The order in which to train cohorts that have come so many steps far; parents first.
+
+    Where programs are compiled ahead, a long one and a short one in turn: while the one trains, the programs of the next are compiled. What
+    does not end within so many `minutes` comes last. Elsewhere the longest first, or the shortest where time is short, so that most finish.
+    """
+    rates, within = rates_of(device.platform), math.inf if minutes is None else 60 * minutes
+    spent = [seconds(plan.runs[0], plan.segments, rates, since=step) for plan, step in left]
+    order = sorted(range(len(left)), key=lambda i: -spent[i])
+    late = [i for i in reversed(order) if spent[i] > within]
+    if workers_for(device):
+        fits = collections.deque(i for i in order if spent[i] <= within)
+        order = [fits.pop() if n % 2 else fits.popleft() for n in range(len(fits))] + late
+    elif minutes is not None:
+        order.reverse()
+    return sorted(order, key=lambda i: depth(left[i][0].runs[0]))
 
 
 class Ahead:

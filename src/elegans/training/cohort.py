@@ -6,6 +6,7 @@ that a schedule of the step never becomes a branch for every replica.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -20,10 +21,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
+from elegans.models.base import once
 from elegans.randomness import Purpose, key_for
+from elegans.sources import classes, is_custom
 from elegans.tasks.base import PARTS
 from elegans.tasks.sampling import TaskData, compact, draw_set, prepare
-from elegans.training.device import cache_misses
+from elegans.training.device import cache_misses, compiler_options
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
 from elegans.training.step import RunData, State, advance, draw_data, logits_of, params_of, start, tallies
@@ -168,8 +171,22 @@ class Programs:
     def _program(self, name: str, *args: Any) -> Any:
         """A compiled program, for arguments of these shapes."""
         if name not in self._compiled:
-            self._compiled[name] = self._functions[name].lower(*args).compile()
+            self._compiled[name], _ = self._build(self._lower(name, *args))
         return self._compiled[name]
+
+    def _lower(self, name: str, *args: Any) -> Any:
+        """A function's program, not yet compiled, for which layers that are alike are traced once.
+
+        Not for a CPU, where it would round otherwise, nor with components of the user's, which may do something else in every layer.
+        """
+        with contextlib.nullcontext() if self._on_cpu or any(map(is_custom, classes(self.runs.model))) else once():
+            return self._functions[name].lower(*args)
+
+    def _build(self, lowered: Any) -> tuple[Any, bool]:
+        """A compiled program, and whether the persistent cache lacked it (which is counted by thread)."""
+        misses = cache_misses()
+        options = compiler_options(self.spread.devices[0].platform, self.runs.model)
+        return lowered.compile(compiler_options=options), cache_misses() > misses
 
     def _arguments(self) -> dict[str, tuple[Any, ...]]:
         """Shapes of the arguments of everything that training and evaluating needs, the largest program first."""
@@ -234,9 +251,9 @@ class Programs:
     def compile_all(self) -> bool:
         """Everything that training and evaluating needs, side by side; whether the persistent cache lacked any of it."""
         with _TRACING:
-            lowered = {name: self._functions[name].lower(*args) for name, args in self._arguments().items()}
+            lowered = {name: self._lower(name, *args) for name, args in self._arguments().items()}
         with ThreadPoolExecutor(len(lowered)) as pool:
-            made = dict(zip(lowered, pool.map(_compiled, lowered.values()), strict=True))
+            made = dict(zip(lowered, pool.map(self._build, lowered.values()), strict=True))
         self._compiled = {name: program for name, (program, _) in made.items()}
         return any(fresh for _, fresh in made.values())
 
@@ -279,12 +296,6 @@ def check_scored(rows: HeldOut) -> None:
     for part, drawn in rows._asdict().items():
         if not np.asarray(drawn.scored).any((1, 2)).all():
             raise Invalid("split", part, "no example of this part was found: lengthen the task, or say split=none")
-
-
-def _compiled(lowered: Any) -> tuple[Any, bool]:
-    """A compiled program, and whether the persistent cache lacked it (which is counted by thread)."""
-    misses = cache_misses()
-    return lowered.compile(), cache_misses() > misses
 
 
 def _taken(tree: Any, index: Int[Array, " replica"]) -> Any:

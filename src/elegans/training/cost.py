@@ -30,16 +30,16 @@ class Rates:
 
     width: float  # FLOP/s for each unit of d_model, as long as products are narrow
     most: float  # FLOP/s at most
-    layer: float  # seconds that a layer takes in a step, however small it is
+    layer: float  # seconds that a layer takes in a step besides, however small it is
     compiling: float  # seconds that the programs of one size cost, compiled beside others where threads do that
 
     def step(self, run: Run, replicas: int) -> float:
         """Seconds of one step of a cohort of runs like this one; a custom model counts as one of average width."""
         width, layers = getattr(run.model, "d_model", 64), getattr(run.model, "layers", 2)
-        return max(self.layer * layers, flops_per_step(run) * replicas / min(self.width * width, self.most))
+        return self.layer * layers + flops_per_step(run) * replicas / min(self.width * width, self.most)
 
 
-RATES = {"cpu": Rates(1.2e9, 1e11, 2e-4, 8.0), "gpu": Rates(8e11, 1.5e14, 1e-4, 8.0)}  # two cores; one H100 with 16 cores
+RATES = {"cpu": Rates(1.2e9, 1e11, 2e-4, 8.0), "gpu": Rates(8e11, 1.5e14, 6e-5, 8.0)}  # two cores; one H100 with 16 cores
 
 
 def rates_of(platform: str) -> Rates:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -104,15 +105,15 @@ def plan(
 ) -> list[CohortPlan]:
     """Cohorts of runs, each within `memory` bytes. Traces every structure once, and so finds errors in custom code.
 
-    `measure` compiles some runs and returns the bytes they need; without it, or where a bound from
-    the trace is already within the budget, nothing is compiled. Raises `Invalid` where one run alone does not fit.
+    `measure` compiles some runs and returns the bytes they need. Without it, or where a bound from the trace is already within the
+    budget, nothing is compiled; on a device only where not even one run is within it. Raises `Invalid` where one run alone does not fit.
     """
     for run in runs:
         if run.after is not None:
             origin(run)
     rates = rates_of(platform)
     with _uncollected():
-        sized = [found for members in group(runs) for found in _sized(members, memory, measure)]
+        sized = [found for members in group(runs) for found in _sized(members, memory, measure, platform)]
     return [_cohort(members, rates, memory, devices, needed) for members, needed in sized]
 
 
@@ -134,11 +135,17 @@ def _cohort(members: list[Run], rates: Rates, memory: int, devices: int, needed:
     return CohortPlan(tuple(members), tuple(shrink(lengths, members[0], rates)), every, memory, devices, needed)
 
 
-def _sized(members: list[Run], memory: int, measure: Callable[[Sequence[Run]], int] | None) -> list[tuple[list[Run], int]]:
-    """Runs of one structure in cohorts that fit, longest first, each with the bytes that it needs."""
+def _sized(members: list[Run], memory: int, measure: Callable[[Sequence[Run]], int] | None, platform: str) -> list[tuple[list[Run], int]]:
+    """Runs of one structure in cohorts that fit, longest first, each with the bytes that it needs.
+
+    A CPU's cores have few replicas in hand at a time, so that the bound is far above what they need, and a larger size is measured. On
+    a device the bound decides where it leaves one run: a cohort half as large is about as quick, and a program takes long to compile.
+    """
     members = sorted(members, key=lambda run: (-run.length, run.id))
     bound = check(members[0], memory)
     size = min(len(members), LARGEST)
+    if platform != "cpu":
+        size = max(1, min(size, memory // bound))
     needed = size * bound
     while measure is not None and needed > memory:
         needed = measure(members[:size])
@@ -148,9 +155,18 @@ def _sized(members: list[Run], memory: int, measure: Callable[[Sequence[Run]], i
             raise Invalid("memory", f"{memory:,} bytes", f"one run of this structure needs {needed:,}; {SMALLER}")
         size = max(1, min(size - 1, int(size * memory / needed)))
         needed = size * bound
-    # full cohorts first: what is left of a group is planned alike whether or not its first cohorts are already stored
-    cohorts = (members[i : i + size] for i in range(0, len(members), size))
-    return [(c, int(needed * len(c) / size)) for c in cohorts]
+    return [(c, int(needed * len(c) / size)) for c in evenly(members, size)]
+
+
+def evenly(members: list[Run], most: int) -> list[list[Run]]:
+    """As few parts as can be of at most so many, in order and of equal size, or of two that differ by one, the larger first.
+
+    Each size is a program; and what is left of runs is divided alike whether or not their first parts are already stored.
+    """
+    parts = -(-len(members) // most)
+    size, larger = divmod(len(members), parts)
+    ends = [size * i + min(i, larger) for i in range(parts + 1)]
+    return [members[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def shrink(lengths: Sequence[int], run: Run, rates: Rates) -> list[Segment]:
