@@ -19,7 +19,7 @@ run:
   steps: 10
 """
 BAD_FILES = {
-    "unknown task": (GOOD.replace("addition", "additon"), "task.kind", "additon", "addition, binary_copy"),
+    "unknown task": (GOOD.replace("addition", "additon"), "task.kind", "additon", "allowed: activity_selection, addition, b"),
     "unknown field": (GOOD.replace("d_model", "width"), "model.width", "16", "d_model"),
     "unknown key": (GOOD + "swep: {}\n", "swep", "{}", "sweep"),
     "wrong type": (GOOD.replace("steps: 10", "steps: ten"), "steps", "ten", "whole number"),
@@ -222,7 +222,7 @@ def test_nothing_to_draw(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["show", "additon"], ["task", "additon", "addition, binary_copy"]),
+        (["show", "additon"], ["task", "additon", "allowed: activity_selection, addition, b"]),
         (["show", "addition", "length=x"], ["length", "x", "whole number"]),
         (["show", "addition", "length=1,2"], ["length", "1,2", "one value"]),
         (["show", "addition", "split.train=0.99"], ["validation", "0.05", "nothing is left"]),

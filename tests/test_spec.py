@@ -324,7 +324,7 @@ BROKEN = {
     "two warm-ups": (lambda: Cosine(warmup=0.1, warmup_steps=5), "warmup_steps", "5", "not both"),
     "heads that do not divide": (lambda: replace(RUN, "model.heads", 3), "model.d_model", "8", "multiple of heads=3"),
     "an odd width to rotate": (lambda: replace(RUN, "model.d_head", 3), "model.d_head", "3", "even"),
-    "a norm for an MLP": (lambda: Transformer(mlp=RMSNorm()), "mlp", "RMSNorm", "mlp, swiglu) or none"),
+    "a norm for an MLP": (lambda: Transformer(mlp=RMSNorm()), "mlp", "RMSNorm", "swiglu"),
     "a norm for an MLP by name": (lambda: replace(RUN, "model.mlp", "rms_norm"), "model.mlp.kind", "rms_norm", "mlp, "),
     "an MLP for attention": (lambda: Transformer(attention=SwiGLU()), "attention", "SwiGLU", "a Mixer (attention, "),
     "attention for some layers": (lambda: Transformer(attention=[Attention()]), "attention", "1 components", "layers=2"),
