@@ -252,7 +252,11 @@ class Writer:
         elif isinstance(event, Checkpoint) and member in event.members:
             self._checkpoint(event.step, event.split()[event.members.index(member)])
         elif isinstance(event, Compiled) and event.fresh and event.step == self.resumed and event.step not in {0, *self.stops}:
-            self._update_status(recompiled=True)  # in the middle of a segment: what was trained of it was by another program
+            self.rebuilt()  # in the middle of a segment: what was trained of it was by another program
+
+    def rebuilt(self) -> None:
+        """Note that the cohort goes on with another program than it was planned for."""
+        self._update_status(recompiled=True)
 
     def _checkpoint(self, step: int, states: State) -> None:
         for table, parts in self.rows.items():

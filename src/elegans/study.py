@@ -355,6 +355,8 @@ def _train(store: Store, cohorts: Sequence[Cohort], convoy: Convoy, ahead: Ahead
     writers = {i: cohort.writer(step) for i, cohort in enumerate(cohorts) if not cohort.status()["finished"]}
     for i, state in (states or {}).items():
         writers[i].close(state.diverged)
+    for writer in () if convoy.whole else writers.values():
+        writer.rebuilt()
     listener("convoy", (convoy, step))
     rest = 0.0  # no checkpoint before then, but for those that hold the last state of some run
     kept = bool(convoy.runs[0].kept_steps)

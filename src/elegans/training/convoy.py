@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -41,6 +40,11 @@ class Convoy:
         bounds = sorted({step for plan in self.plans for s in plan.segments for step in (s.start, s.stop)})
         sizes = [[next((s.size for s in plan.segments if s.start <= step < s.stop), 0) for plan in self.plans] for step in bounds[:-1]]
         return [Leg(a, b, tuple(n)) for a, b, n in zip(bounds, bounds[1:], sizes, strict=False)]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every cohort is there with which they were planned: else the program is another."""
+        return len(self.plans) == max(1, len(self.plans[0].convoy))
 
     @property
     def steps(self) -> int:
@@ -138,13 +142,12 @@ def _together(plans: list[CohortPlan], rates: Rates) -> list[CohortPlan]:
     if len(plans) == 1:
         return plans
     legs = _legs(plans, rates)
-    members = [run.id for plan in plans for run in plan.runs]
-    name = hashlib.sha256(repr((members, legs)).encode()).hexdigest()[:12]
+    convoy = tuple(plan.runs[0].id for plan in plans)
     every = max(plan.checkpoint_every for plan in plans)
     made = []
     for i, plan in enumerate(plans):
         segments = tuple(Segment(leg.start, leg.stop, leg.sizes[i]) for leg in legs if leg.sizes[i])
-        made.append(dataclasses.replace(plan, segments=segments, checkpoint_every=every, convoy=name))
+        made.append(dataclasses.replace(plan, segments=segments, checkpoint_every=every, convoy=convoy))
     return made
 
 

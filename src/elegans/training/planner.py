@@ -57,7 +57,7 @@ class CohortPlan:
     memory: int  # bytes, the budget that the size was chosen for
     devices: int  # most devices that share the cohort
     bytes: int  # an upper bound where nothing was compiled, else as compiled
-    convoy: str | None = None  # what the cohorts that train in one program have in common; none: it trains by itself
+    convoy: tuple[str, ...] = ()  # the first runs of the cohorts that train in one program; none: it trains by itself
 
     @property
     def id(self) -> str:
@@ -85,7 +85,7 @@ class CohortPlan:
             "memory": self.memory,
             "devices": self.devices,
             "bytes": self.bytes,
-            **({"convoy": self.convoy} if self.convoy else {}),
+            **({"convoy": list(self.convoy)} if self.convoy else {}),
         }
 
     @classmethod
@@ -93,7 +93,7 @@ class CohortPlan:
         """The plan in a store, with the runs by id."""
         segments = tuple(Segment(*s) for s in data["segments"])
         names = ("checkpoint_every", "memory", "devices", "bytes")
-        return cls(tuple(runs[i] for i in data["runs"]), segments, *(data[name] for name in names), data.get("convoy"))
+        return cls(tuple(runs[i] for i in data["runs"]), segments, *(data[name] for name in names), tuple(data.get("convoy", ())))
 
 
 def plan(
