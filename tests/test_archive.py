@@ -136,8 +136,8 @@ def test_minutes_end_training_at_a_checkpoint(trained, tmp_path):
             assert Store(tmp_path / "s").runs().num_rows == 4
 
     run_study(load_study(str(trained / "archived_study.py")), tmp_path / "s", listener)
-    order = [stage for stage in stages if stage in ("cohort", "measure", "report")]
-    assert order == ["cohort", "measure", "cohort", "measure", "report"]  # what has ended has its rows, however short the time
+    order = [stage for stage in stages if stage in ("convoy", "measure", "report")]
+    assert order == ["convoy", "measure", "convoy", "measure", "report"]  # what has ended has its rows, however short the time
     kept = {k: v for k, v in files(trained / "store", True).items() if k.name not in ("timings.jsonl", "provenance.json")}
     assert {k: v for k, v in files(tmp_path / "s", True).items() if k in kept} == kept
 
@@ -147,8 +147,8 @@ def train_until(runs, store, step=None):
     began = []
 
     def listener(stage, detail):
-        if stage == "cohort":
-            began.append(detail[2])
+        if stage == "convoy":
+            began.append(detail[1])
         if stage == "event" and isinstance(detail, Checkpoint) and detail.step == step:
             raise KeyboardInterrupt
 

@@ -32,6 +32,7 @@ from elegans.study import _parent
 from elegans.tasks.sampling import prepare
 from elegans.training import ahead, train
 from elegans.training.cohort import Evaluation, draw_held_out, evaluate, resolve, stack
+from elegans.training.convoy import Convoy
 from elegans.training.planner import plan
 from elegans.training.step import State, advance, draw_batch, draw_data, start
 from elegans.types import Example
@@ -178,7 +179,7 @@ def yielded(run: Run) -> list[tuple]:
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead, "Programs", Still)
-        for event in train.train_cohort(dataclasses.replace(one_plan(), runs=(run,)), ahead.Ahead([], jax.devices()[0])):
+        for event in train.train_convoy(Convoy((dataclasses.replace(one_plan(), runs=(run,)),)), ahead.Ahead([], jax.devices()[0])):
             if isinstance(event, train.Rows):
                 kept.append((event.table, *(tuple(np.asarray(event.columns[c]).tolist()) for c in ("split", "step"))))
             elif isinstance(event, train.Weights):

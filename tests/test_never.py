@@ -10,8 +10,9 @@ from elegans.instruments import Probe
 from elegans.store import Store
 from elegans.study import Study, check_study, train
 from elegans.training.ahead import Ahead
+from elegans.training.convoy import Convoy
 from elegans.training.device import choose
-from elegans.training.train import Checkpoint, train_cohort
+from elegans.training.train import Checkpoint, train_convoy
 from running import elegans
 
 RECORD = el.Record(evaluate=el.At(), examples=16)
@@ -44,12 +45,12 @@ def test_rows_are_those_of_runs_that_keep_their_weights(kept, forgot):
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(forgot, tmp_path):
     """A checkpoint before the end is there to go on from, those where runs end too, and none once all have ended."""
     (done,) = forgot.cohorts()
-    steps = [event.step for event in train_cohort(done.plan(), Ahead([], choose())) if isinstance(event, Checkpoint)]
+    steps = [event.step for event in train_convoy(Convoy((done.plan(),)), Ahead([], choose())) if isinstance(event, Checkpoint)]
     for stop in (steps[0], 20):
         store = Store.create(tmp_path / str(stop))
         cohort = store.add(done.plan(), {})
         writer = cohort.writer(0)
-        for event in train_cohort(done.plan(), Ahead([], choose())):
+        for event in train_convoy(Convoy((done.plan(),)), Ahead([], choose())):
             writer.write(event)
             if isinstance(event, Checkpoint) and event.step == stop:
                 break

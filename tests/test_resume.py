@@ -63,7 +63,8 @@ def forget():
 def unfinish(store):
     """Make a finished store look as if it had been stopped after its last checkpoint but one."""
     from elegans.training.ahead import Ahead
-    from elegans.training.train import train_cohort
+    from elegans.training.convoy import Convoy
+    from elegans.training.train import train_convoy
 
     cohort = Store(store).cohorts()[0]
     plan = cohort.plan()
@@ -71,7 +72,7 @@ def unfinish(store):
         for path in cohort.path.glob(pattern):
             path.unlink()
     writer = cohort.writer(0)
-    for event in train_cohort(plan, Ahead([], choose())):
+    for event in train_convoy(Convoy((plan,)), Ahead([], choose())):
         writer.write(event)
         if isinstance(event, Checkpoint) and event.step == plan.steps - plan.checkpoint_every:
             return cohort
@@ -126,7 +127,8 @@ def test_only_a_program_rebuilt_amid_what_it_trains_counts_as_recompiled(tmp_pat
             writer.write(event)
         return cohort.status()["recompiled"]
 
-    assert not recompiled(0, Compiled(0, first.size, 1, 0, True), Checkpoint(first.stop, nothing), Compiled(first.stop, 1, 1, 0, True))
+    saved = Checkpoint(first.stop, [0], lambda: [nothing])
+    assert not recompiled(0, Compiled(0, first.size, 1, 0, True), saved, Compiled(first.stop, 1, 1, 0, True))
     assert not recompiled(first.stop, Compiled(first.stop, last.size, 1, 0, True))
     assert not recompiled(first.stop + 1, Compiled(first.stop + 1, last.size, 1, 0, False))
     assert not recompiled(first.stop - 1, Compiled(first.stop, last.size, 1, 0, True))  # after a cached one of the first segment

@@ -30,9 +30,10 @@ from elegans.tasks.checks import check_rows, check_task
 from elegans.training import Run
 from elegans.training.checkpoint import WEIGHTS, weights_to_arrays
 from elegans.training.cohort import CHUNK, Programs, resolve
+from elegans.training.convoy import Convoy, gather
 from elegans.training.cost import rates_of
 from elegans.training.device import choose
-from elegans.training.planner import CohortPlan, seconds
+from elegans.training.planner import CohortPlan
 from elegans.training.run import differing
 
 # ---- tasks
@@ -152,7 +153,8 @@ def draw_task(found: dict[str, Any]) -> str:
 def plan_rows(work: Work) -> pa.Table:
     """A row per cohort to train, and one for all: runs, structures, sizes, bytes, FLOPs, rough time."""
     waiting = [(c.id, c.plan(), c.status()["step"]) for c in work.stored if not c.status()["finished"]] + [(p.id, p, 0) for p in work.new]
-    rows = [_plan_row(name, plan, step, work.device.platform) for name, plan, step in waiting]
+    took = _seconds([plan for _, plan, _ in waiting], [step for *_, step in waiting], work.device.platform)
+    rows = [_plan_row(name, plan, step, spent) for (name, plan, step), spent in zip(waiting, took, strict=True)]
     structures = len({jax.tree.structure(resolve(plan.runs[0])) for _, plan, _ in waiting})
     total = {k: sum(row[k] for row in rows) for k in ("runs", "steps", "flops", "seconds")}
     total |= {
@@ -168,9 +170,18 @@ def plan_rows(work: Work) -> pa.Table:
     )
 
 
-def _plan_row(name: str, plan: CohortPlan, step: int, platform: str) -> dict[str, Any]:
+def _seconds(plans: list[CohortPlan], steps: list[int], platform: str) -> list[float]:
+    """Rough seconds of each cohort, those that train together in equal parts."""
+    took = [0.0] * len(plans)
+    for members in gather(plans):
+        convoy = Convoy(tuple(plans[i] for i in members))
+        for i in members:
+            took[i] = convoy.seconds(rates_of(platform), min(steps[j] for j in members)) / len(members)
+    return took
+
+
+def _plan_row(name: str, plan: CohortPlan, step: int, took: float) -> dict[str, Any]:
     sizes = " > ".join(f"{s.size} to {s.stop}" for s in plan.segments)
-    took = seconds(plan.runs[0], plan.segments, rates_of(platform), step)
     row = {"cohort": name, "structures": 1, "runs": len(plan.runs), "sizes": sizes, "steps": plan.steps - step}
     return row | {"bytes": plan.bytes, "flops": plan.flops, "seconds": round(took, 1)}
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float
 
 from elegans import specs
 from elegans.errors import StoreError
 from elegans.files import file_digest, read_arrays, read_json, read_json_lines, read_table, write_arrays, write_json, write_table
 from elegans.sources import Mismatch, code_of, edited
-from elegans.training.checkpoint import arrays_to_vectors, state_to_arrays, weights_to_arrays
-from elegans.training.cohort import resolve
+from elegans.training.checkpoint import arrays_to_state, arrays_to_vectors, state_to_arrays, weights_to_arrays
+from elegans.training.cohort import Programs, resolve
+from elegans.training.convoy import Convoy
 from elegans.training.planner import CohortPlan
 from elegans.training.run import Run
+from elegans.training.step import State
 from elegans.training.train import Checkpoint, Compiled, Event, Rows, Weights
+from elegans.training.transfer import inherited
 from elegans.types import AnyArray
 
 TABLES = ("metrics", "positions")
@@ -134,9 +140,11 @@ class Cohort:
         stops = self.stops() if self.first().kept_steps else set()
         return {_step(p): p for p in sorted(self.path.glob("state-*.safetensors")) if _step(p) not in stops}
 
-    def newest_state(self) -> tuple[int, dict[str, np.ndarray]] | None:
-        """The newest undamaged checkpoint whose metrics are all there; warns of every one that is passed over."""
+    def newest_state(self, upto: int | None = None) -> tuple[int, dict[str, np.ndarray]] | None:
+        """The newest undamaged checkpoint, up to a step, whose metrics are all there; warns of every one that is passed over."""
         for path in sorted(self.path.glob("state-*.safetensors"), reverse=True):
+            if upto is not None and _step(path) > upto:
+                continue
             try:
                 arrays, _ = read_arrays(path)
                 for name, digest in read_json(_parts(path)).items():
@@ -150,6 +158,60 @@ class Cohort:
     def writer(self, step: int) -> Writer:
         """A writer that goes on from a checkpoint's step: whatever is newer is dropped."""
         return Writer(self, step)
+
+
+# ---- going on
+
+
+def inherit_from(
+    homes: Mapping[str, Cohort], runs: Sequence[Run], own: Float[np.ndarray, "run parameter"]
+) -> Float[np.ndarray, "run parameter"]:
+    """What runs start from, of their own initial weights: their parents', by their homes, and NaN where the parent had diverged."""
+    read: dict[Any, dict[str, np.ndarray]] = {}
+    parents = [parent_of(homes[run.after.id], run, read) for run in runs if run.after is not None]
+    nothing = np.full_like(own[0], np.nan)
+    return np.stack([nothing if p is None else inherited(run, mine, p) for run, mine, p in zip(runs, own, parents, strict=True)])
+
+
+def parent_of(cohort: Cohort, run: Run, read: dict[Any, dict[str, np.ndarray]]) -> np.ndarray | None:
+    """The weights that a run starts from, None where its parent had diverged; `read` keeps what was read. Raises `StoreError`."""
+    assert run.after is not None
+    step = None if run.after_step == run.after.length else run.after_step
+    if (cohort.id, step) not in read:
+        read[cohort.id, step] = cohort.vectors(step)
+    found = read[cohort.id, step].get(run.after.id)
+    if found is None and run.after.id not in cohort.status()["diverged"]:
+        where = f"{run.after.id} at {'its end' if step is None else f'step {step}'}"
+        raise StoreError(f"{cohort.path}: no weights of {where}, from which {run.id} goes on; merge an archive made with --weights")
+    return found
+
+
+def resumed(cohorts: Sequence[Cohort], convoy: Convoy, device: jax.Device) -> tuple[int, dict[int, State] | None]:
+    """The newest step of which all cohorts of a convoy that have not ended have a checkpoint, and their states; 0 and none: the start.
+
+    Raises `StoreError` where one that had begun has none left.
+    """
+    left = [i for i, cohort in enumerate(cohorts) if not cohort.status()["finished"]]
+    upto: int | None = None
+    while True:
+        found = {i: cohorts[i].newest_state(upto) for i in left}
+        for i in left if upto is None else ():
+            if found[i] is None and cohorts[i].status()["step"]:
+                raise StoreError(f"{cohorts[i].path}: every checkpoint is gone or damaged; start these runs afresh with --again")
+        steps = {state[0] if state else 0 for state in found.values()}
+        upto = min(steps)
+        if len(steps) == 1:
+            break
+    if not upto:
+        return 0, None
+    states = {}
+    for i, state in found.items():
+        if state is not None:
+            plan = convoy.plans[i]
+            size = next(s.size for s in plan.segments if upto <= s.stop)
+            like = Programs(plan.runs[:size], device, plan.devices).states_like
+            states[i] = arrays_to_state(cohorts[i].first(), state[1], like)
+    return upto, states
 
 
 def _step(path: Path) -> int:
@@ -168,6 +230,7 @@ class Writer:
     def __init__(self, cohort: Cohort, step: int):
         self.cohort, self.step, self.resumed = cohort, step, step
         self.run, self.lines = cohort.first(), cohort.lines()
+        self.ids = [line["run"] for line in self.lines]
         self.stops = cohort.stops()
         self.rows: dict[str, list[dict[str, np.ndarray]]] = {table: [] for table in TABLES}
         for path in cohort.path.glob(".*.tmp"):
@@ -177,31 +240,37 @@ class Writer:
                 path.unlink()
         self.digests = {p.name: file_digest(p) for table in TABLES for p in cohort.parts(table)}
 
-    def write(self, event: Event) -> None:
-        """Keep an event."""
+    def write(self, event: Event, member: int = 0) -> None:
+        """Keep of an event what is of this cohort, the so-manieth member of its convoy."""
         if isinstance(event, Rows):
-            self.rows[event.table].append(event.columns)
-        elif isinstance(event, Weights):
+            own = np.isin(event.columns["run"], self.ids)
+            if own.any():
+                self.rows[event.table].append({name: values[own] for name, values in event.columns.items()})
+        elif isinstance(event, Weights) and event.runs[0] in self.ids:
             arrays = weights_to_arrays(self.run, event.vectors)
             write_arrays(self.cohort.path / f"weights-{event.step:010d}.safetensors", arrays, {"runs": json.dumps(event.runs)})
-        elif isinstance(event, Checkpoint):
-            self._checkpoint(event)
+        elif isinstance(event, Checkpoint) and member in event.members:
+            self._checkpoint(event.step, event.split()[event.members.index(member)])
         elif isinstance(event, Compiled) and event.fresh and event.step == self.resumed and event.step not in {0, *self.stops}:
-            self._update_status(recompiled=True)  # in the middle of a segment: what was trained of it was by another program
+            self.rebuilt()  # in the middle of a segment: what was trained of it was by another program
 
-    def _checkpoint(self, event: Checkpoint) -> None:
+    def rebuilt(self) -> None:
+        """Note that the cohort goes on with another program than it was planned for."""
+        self._update_status(recompiled=True)
+
+    def _checkpoint(self, step: int, states: State) -> None:
         for table, parts in self.rows.items():
             if parts:
-                path = self.cohort.path / f"{table}-{self.step:010d}-{event.step:010d}.parquet"
+                path = self.cohort.path / f"{table}-{self.step:010d}-{step:010d}.parquet"
                 write_table(path, _arrow(parts))
                 self.digests[path.name] = file_digest(path)
                 parts.clear()
-        if self.run.kept_steps or event.step != max(self.stops):  # else nobody needs the last state
-            state = self.cohort.path / f"state-{event.step:010d}.safetensors"
+        if self.run.kept_steps or step != max(self.stops):  # else nobody needs the last state
+            state = self.cohort.path / f"state-{step:010d}.safetensors"
             write_json(_parts(state), self.digests)  # apart from the state, whose bytes do not hang on when others were written
-            write_arrays(state, state_to_arrays(self.run, event.states), {})
-        self.step = event.step
-        self.close(event.states.diverged)
+            write_arrays(state, state_to_arrays(self.run, states), {})
+        self.step = step
+        self.close(states.diverged)
 
     def close(self, diverged: AnyArray) -> None:
         """Bring the folder in order after a checkpoint was written, now or just before the process was killed.

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from elegans.folder import Cohort
 from elegans.training import train
+from elegans.training.convoy import Convoy
 from elegans.training.cost import flops_per_step
 from elegans.training.planner import CohortPlan
 
@@ -36,7 +36,7 @@ class Display:
         self.task = self.bar.add_task("starting", total=1.0, detail="", left=None) if self.bar else None
         self.total, self.done, self.seconds, self.measured = 0.0, 0.0, 0.0, 0.0
         self.cohorts, self.cohort = 0, 0
-        self.plan: CohortPlan | None = None
+        self.steps = 0
         self.printed = 0.0
         self.title = ""
 
@@ -61,25 +61,26 @@ class Display:
         note = f", {skipped} already finished" if skipped > 0 else ""
         self.console.print(f"{training} runs in {self.cohorts} cohorts to train{note}; {work.device.device_kind}", highlight=False)
 
-    def _on_cohort(self, detail: tuple[Cohort, CohortPlan, int]) -> None:
-        _, plan, step = detail
-        self.plan = plan
-        self.cohort += 1
-        self.total -= _cost(plan, upto=step)
-        self.title = f"cohort {self.cohort}/{self.cohorts}, {len(plan.runs)} runs"
+    def _on_convoy(self, detail: tuple[Convoy, int]) -> None:
+        convoy, step = detail
+        left = [plan for plan in convoy.plans if plan.steps > step]
+        first, self.cohort = self.cohort + 1, self.cohort + len(left)
+        self.steps = convoy.steps
+        self.total -= sum(_cost(plan, upto=step) for plan in left)
+        which = f"cohort {first}" if len(left) == 1 else f"cohorts {first} to {self.cohort}"
+        self.title = f"{which}/{self.cohorts}, {sum(len(plan.runs) for plan in left)} runs"
         if step:
-            self.console.print(f"{self.title}: resuming at step {step:,} of {plan.steps:,}", highlight=False)
+            self.console.print(f"{self.title}: resuming at step {step:,} of {self.steps:,}", highlight=False)
 
     def _on_event(self, event: train.Event) -> None:
         if isinstance(event, train.Compiling):
             self._show(f"{self.title}: compiling for {event.size} replicas", "", None, force=True)
-        elif isinstance(event, train.Progress) and self.plan is not None:
-            cost = event.steps * event.size * flops_per_step(self.plan.runs[0])
-            self.done, self.seconds, self.measured = self.done + cost, self.seconds + event.seconds, self.measured + cost
+        elif isinstance(event, train.Progress):
+            self.done, self.seconds, self.measured = self.done + event.flops, self.seconds + event.seconds, self.measured + event.flops
             left = (self.total - self.done) * self.seconds / self.measured
             speed = event.steps * event.size / max(event.seconds, 1e-9)
             loss = "" if event.loss is None else f", median loss {event.loss:.3f}"
-            self._show(f"{self.title}: training", f"step {event.step:,}/{self.plan.steps:,}{loss}, {speed:,.0f} replica-steps/s", left)
+            self._show(f"{self.title}: training", f"step {event.step:,}/{self.steps:,}{loss}, {speed:,.0f} replica-steps/s", left)
 
     def _on_note(self, detail: str) -> None:
         self.console.print(detail, highlight=False, markup=False, soft_wrap=True)

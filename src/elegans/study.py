@@ -16,26 +16,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from elegans import report, specs
 from elegans.errors import Invalid, StoreError
 from elegans.figures import Drawing, save_paper_figures
 from elegans.files import read_json, write_json
-from elegans.folder import Cohort
+from elegans.folder import Cohort, inherit_from, parent_of, resumed
 from elegans.instruments.base import Instrument, ReplicaInstrument, measure, silent
 from elegans.sources import code_of, compare
 from elegans.store import Store, label_of
 from elegans.tasks.checks import check_custom
-from elegans.training.ahead import Ahead, in_turn
-from elegans.training.checkpoint import arrays_to_state
+from elegans.training.ahead import Ahead, workers_for
 from elegans.training.cohort import Programs, group, resolve
-from elegans.training.cost import flops_per_step
+from elegans.training.convoy import Convoy, divide, form, gather, in_turn
+from elegans.training.cost import flops_per_step, rates_of
 from elegans.training.device import choose, memory_budget, provenance, within_memory
-from elegans.training.planner import CohortPlan, divide, plan
+from elegans.training.planner import CohortPlan, plan
 from elegans.training.run import Run, unseeded
-from elegans.training.train import Checkpoint, Compiled, Progress, train_cohort
-from elegans.training.transfer import depth, inherited, lineage
+from elegans.training.train import Checkpoint, Compiled, Progress, train_convoy
+from elegans.training.transfer import depth, lineage
 
 Listener = Callable[[str, Any], None]  # (stage, detail)
 CHECKPOINT_SHARE = 0.05  # of the time may go into writing states to resume from
@@ -231,13 +230,13 @@ def train(
         for planned in work.new:
             opened.add(planned, provenance(work.device, work.memory))
         unfinished = _unfinished(opened, work, minutes)
-        wanted = [(planned, s) for cohort, planned in unfinished for s in planned.segments if s.stop > cohort.status()["step"]]
+        wanted = [(convoy, leg) for cohorts, convoy in unfinished for leg in convoy.legs if leg.stop > _step(cohorts)]
         with Ahead(wanted, work.device) as ahead:
-            for cohort, planned in unfinished:
+            for cohorts, convoy in unfinished:
                 if time.monotonic() < until:
-                    with within_memory(planned.bytes):
-                        _train(opened, cohort, planned, ahead, until, listener)
-                    if cohort.status()["finished"]:
+                    with within_memory(sum(planned.bytes for planned in convoy.plans)):
+                        _train(opened, cohorts, convoy, ahead, until, listener)
+                    if any(cohort.status()["finished"] for cohort in cohorts):
                         ended()
         last(opened)
     return opened
@@ -286,6 +285,7 @@ def prepare(
     measured = (lambda members: Programs(members, chosen).bytes()) if compile_to_measure else None
     devices = len(jax.devices("cpu")) if chosen.platform == "cpu" else 1
     new = plan(missing, budget, measured, devices, chosen.platform) if missing else []
+    new = new if chosen.platform == "cpu" else form(new, rates_of(chosen.platform), budget)
     return Work(runs, chosen, budget, kept, new, discarded)
 
 
@@ -327,62 +327,49 @@ def _check_parents(stored: Sequence[Cohort], runs: Sequence[Run]) -> None:
     read: dict[Any, dict[str, np.ndarray]] = {}
     for run in runs:
         if run.after is not None and run.after.id in homes:
-            _parent(homes[run.after.id], run, read)
+            parent_of(homes[run.after.id], run, read)
 
 
-def _inherit(store: Store, runs: Sequence[Run], own: Float[np.ndarray, "run parameter"]) -> Float[np.ndarray, "run parameter"]:
-    """What runs start from, of their own initial weights: their parents', and NaN where the parent had diverged."""
-    homes = {line["run"]: cohort for cohort in store.cohorts() for line in cohort.lines()}
-    read: dict[Any, dict[str, np.ndarray]] = {}
-    parents = [_parent(homes[run.after.id], run, read) for run in runs if run.after is not None]
-    nothing = np.full_like(own[0], np.nan)
-    return np.stack([nothing if p is None else inherited(run, mine, p) for run, mine, p in zip(runs, own, parents, strict=True)])
-
-
-def _parent(cohort: Cohort, run: Run, read: dict[Any, dict[str, np.ndarray]]) -> np.ndarray | None:
-    """The weights that a run starts from, None where its parent had diverged; `read` keeps what was read. Raises `StoreError`."""
-    assert run.after is not None
-    step = None if run.after_step == run.after.length else run.after_step
-    if (cohort.id, step) not in read:
-        read[cohort.id, step] = cohort.vectors(step)
-    found = read[cohort.id, step].get(run.after.id)
-    if found is None and run.after.id not in cohort.status()["diverged"]:
-        where = f"{run.after.id} at {'its end' if step is None else f'step {step}'}"
-        raise StoreError(f"{cohort.path}: no weights of {where}, from which {run.id} goes on; merge an archive made with --weights")
-    return found
-
-
-def _unfinished(store: Store, work: Work, minutes: float | None) -> list[tuple[Cohort, CohortPlan]]:
-    """Cohorts in the order in which they train."""
+def _unfinished(store: Store, work: Work, minutes: float | None) -> list[tuple[list[Cohort], Convoy]]:
+    """What trains together, in the order in which it trains. A convoy has its cohorts that ended, too: its legs are theirs."""
     for cohort in store.cohorts():
         if cohort.status()["finished"]:
             cohort.tidy()
-    left = [(c, c.plan()) for c in _holding(store.path, work.runs) if not c.status()["finished"]]
-    return [left[i] for i in in_turn([(planned, c.status()["step"]) for c, planned in left], work.device, minutes)]
+    held = [(c, c.plan()) for c in _holding(store.path, work.runs)]
+    all_of = [[held[i] for i in members] for members in gather([planned for _, planned in held])]
+    found = [([c for c, _ in pairs], Convoy(tuple(planned for _, planned in pairs))) for pairs in all_of]
+    left = [(cohorts, convoy) for cohorts, convoy in found if not all(c.status()["finished"] for c in cohorts)]
+    steps, rates = [(convoy, _step(cohorts)) for cohorts, convoy in left], rates_of(work.device.platform)
+    return [left[i] for i in in_turn(steps, rates, workers_for(work.device) > 0, minutes)]
 
 
-def _train(store: Store, cohort: Cohort, planned: CohortPlan, ahead: Ahead, until: float, listener: Listener) -> None:
-    """Train one cohort from its newest checkpoint, or from the start; stop at a checkpoint once it is late."""
-    found = cohort.newest_state()
-    if found is None and cohort.status()["step"]:
-        raise StoreError(f"{cohort.path}: every checkpoint is gone or damaged; start these runs afresh with --again")
-    step, arrays = found or (0, None)
-    writer = cohort.writer(step)
-    states = None
-    if arrays is not None:
-        size = next(s.size for s in planned.segments if step <= s.stop)
-        states = arrays_to_state(cohort.first(), arrays, Programs(planned.runs[:size], ahead.device, planned.devices).states_like)
-        writer.close(states.diverged)
-    listener("cohort", (cohort, planned, step))
+def _step(cohorts: Sequence[Cohort]) -> int:
+    """How far those that have not ended have come."""
+    states = [cohort.status() for cohort in cohorts]
+    return min((state["step"] for state in states if not state["finished"]), default=0)
+
+
+def _train(store: Store, cohorts: Sequence[Cohort], convoy: Convoy, ahead: Ahead, until: float, listener: Listener) -> None:
+    """Train a convoy from its newest checkpoint, or from the start; stop at a checkpoint once it is late."""
+    step, states = resumed(cohorts, convoy, ahead.device)
+    writers = {i: cohort.writer(step) for i, cohort in enumerate(cohorts) if not cohort.status()["finished"]}
+    for i, state in (states or {}).items():
+        writers[i].close(state.diverged)
+    for writer in () if convoy.whole else writers.values():
+        writer.rebuilt()
+    listener("convoy", (convoy, step))
     rest = 0.0  # no checkpoint before then, but for those that hold the last state of some run
-    ends = {s.stop for s in planned.segments} if planned.runs[0].kept_steps else {planned.steps}
+    kept = bool(convoy.runs[0].kept_steps)
+    ends = {s.stop for p in convoy.plans for s in p.segments} if kept else {p.steps for p in convoy.plans}
     began, spent = time.perf_counter(), dict.fromkeys(("training", "compiling", "ahead"), 0.0)
-    inherit = functools.partial(_inherit, store, planned.runs) if depth(planned.runs[0]) else None
-    for event in train_cohort(planned, ahead, step, states, inherit):
+    homes = {line["run"]: cohort for cohort in store.cohorts() for line in cohort.lines()} if depth(convoy.runs[0]) else {}
+    inherit = functools.partial(inherit_from, homes, convoy.runs) if homes else None
+    for event in train_convoy(convoy, ahead, step, states, inherit):
         late, now = time.monotonic() > until, time.monotonic()
         if isinstance(event, Checkpoint) and not (late or now > rest or event.step in ends):
             continue
-        writer.write(event)
+        for i in sorted(writers, key=lambda i: convoy.plans[i].steps):  # who ends comes last
+            writers[i].write(event, i)
         if isinstance(event, Checkpoint):
             rest = time.monotonic() + (time.monotonic() - now) / CHECKPOINT_SHARE
         elif isinstance(event, Progress):
@@ -393,6 +380,8 @@ def _train(store: Store, cohort: Cohort, planned: CohortPlan, ahead: Ahead, unti
         listener("event", event)
         if isinstance(event, Checkpoint) and late:
             break
-    record = {"from_step": step, "steps": cohort.status()["step"] - step, "seconds": time.perf_counter() - began, **spent}
-    with (cohort.path / "timings.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    spent["seconds"] = time.perf_counter() - began
+    for i in writers:
+        record = {"from_step": step, "steps": cohorts[i].status()["step"] - step, **{k: v / len(writers) for k, v in spent.items()}}
+        with (cohorts[i].path / "timings.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

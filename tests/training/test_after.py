@@ -37,9 +37,9 @@ from elegans.specs import from_dict, to_dict
 from elegans.study import Study, prepare
 from elegans.tasks.sampling import prepare as prepare_task
 from elegans.training.cohort import group, resolve
+from elegans.training.convoy import divide
 from elegans.training.cost import parameters
 from elegans.training.optimisers import ravel
-from elegans.training.planner import divide
 from elegans.training.step import advance, draw_data, initial, params_of, start
 from elegans.training.train import Checkpoint
 from elegans.training.transfer import depth, inherited, lineage

@@ -11,11 +11,13 @@ import pytest
 
 import elegans as el
 from elegans import Addition, At, Record, Run, Transformer, grid, replace
-from elegans.training.ahead import Ahead, in_turn
+from elegans.training.ahead import Ahead
 from elegans.training.cohort import Programs
+from elegans.training.convoy import Convoy, in_turn
+from elegans.training.cost import RATES
 from elegans.training.device import compiler_options
 from elegans.training.planner import plan
-from elegans.training.train import Checkpoint, train_cohort
+from elegans.training.train import Checkpoint, train_convoy
 
 RUN = Run(
     Addition(length=3), Transformer(layers=1, d_model=8, heads=2), batch=2, steps=3, record=Record(evaluate=At(), train=At(), examples=4)
@@ -28,33 +30,38 @@ def plans():
     return plan(grid(RUN, {"model.d_model": [8, 4], "seed": [0, 1]}), 2**30)
 
 
+@functools.cache
+def convoys():
+    return [Convoy((p,)) for p in plans()]
+
+
 def wanted():
-    return [(p, s) for p in plans() for s in p.segments]
+    return [(c, leg) for c in convoys() for leg in c.legs]
 
 
-def final(planned, ahead):
+def final(convoy, ahead):
     """The weights at the end of a cohort."""
-    events = [e for e in train_cohort(planned, ahead) if isinstance(e, Checkpoint)]
-    return events[-1].states.params
+    made = [e.split()[0].params for e in train_convoy(convoy, ahead) if isinstance(e, Checkpoint)]
+    return made[-1]
 
 
 def test_weights_are_the_same_bits_with_and_without_threads():
     with Ahead(wanted(), jax.devices()[0], workers=2) as ahead:
         assert len(ahead.started) == 2  # both are under way before the first is asked for
-        in_threads = [final(p, ahead) for p in plans()]
+        in_threads = [final(c, ahead) for c in convoys()]
         assert not ahead.started
     with Ahead(wanted(), jax.devices()[0], workers=0) as ahead:
-        in_turn = [final(p, ahead) for p in plans()]
+        in_turn = [final(c, ahead) for c in convoys()]
     for a, b in zip(in_threads, in_turn, strict=True):
         assert np.array_equal(a, b) and np.isfinite(a).all()
 
 
 def test_what_is_not_needed_is_passed_over_and_what_was_not_foreseen_is_built():
-    (first, second), device = plans(), jax.devices()[0]
+    (first, second), device = convoys(), jax.devices()[0]
     with Ahead(wanted(), device, workers=1) as ahead:
-        assert ahead.take(second, second.segments[0]).programs.runs.seed.shape == (2,)
+        assert ahead.take(second, second.legs[0]).programs.runs.seed.shape == (2,)
         assert not ahead.started
-        late = ahead.take(first, first.segments[0])
+        late = ahead.take(first, first.legs[0])
     assert late.seconds > 0 and len(late.programs.metrics) == len({"loss", "accuracy", "exact_match", "grad_norm"})
 
 
@@ -103,14 +110,13 @@ def test_for_a_device_layers_that_are_alike_are_traced_once_to_the_same_losses(a
     assert np.allclose(*losses, rtol=1e-5, atol=0)
 
 
-def test_a_long_cohort_and_a_short_one_train_in_turn_where_programs_compile_ahead(monkeypatch):
+def test_a_long_cohort_and_a_short_one_train_in_turn_where_programs_compile_ahead():
     runs = [replace(RUN, "steps", n) for n in (4000, 20, 300_000, 90, 10**8)]
-    left = [(one, 0) for run in runs for one in plan([run], 2**30)]
-    steps = lambda **how: [left[i][0].steps for i in in_turn(left, jax.devices()[0], **how)]  # noqa: E731
-    assert steps() == [10**8, 300_000, 4000, 90, 20] and steps(minutes=5) == steps()[::-1]
-    monkeypatch.setattr("elegans.training.ahead.workers_for", lambda device: 1)
-    assert steps() == [10**8, 20, 300_000, 90, 4000]
-    assert steps(minutes=5) == [300_000, 20, 4000, 90, 10**8]  # what does not end in time comes last
+    left = [(Convoy((one,)), 0) for run in runs for one in plan([run], 2**30)]
+    steps = lambda **how: [left[i][0].steps for i in in_turn(left, RATES["cpu"], **how)]  # noqa: E731
+    assert steps(ahead=False) == [10**8, 300_000, 4000, 90, 20] and steps(ahead=False, minutes=5) == steps(ahead=False)[::-1]
+    assert steps(ahead=True) == [10**8, 20, 300_000, 90, 4000]
+    assert steps(ahead=True, minutes=5) == [300_000, 20, 4000, 90, 10**8]  # what does not end in time comes last
 
 
 def test_a_gpu_s_wide_models_in_bfloat16_are_compiled_without_triton_s_products():

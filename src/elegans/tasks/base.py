@@ -114,6 +114,11 @@ class Task(Spec):
     def sample(self, key: jax.Array, data: Any) -> Example:
         """One example, drawn on the device. `data` is what `prepare` returned."""
 
+    @property
+    def candidates(self) -> Bool[Array, " vocab"] | None:
+        """Which symbols a prediction may be, where the model knows more than the task's; None: all."""
+        return None
+
     def prepare(self) -> Any:
         """Arrays that every example needs, made once on the host (a matrix, a corpus); `()` if none."""
         return ()

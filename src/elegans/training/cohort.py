@@ -31,7 +31,7 @@ from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
 from elegans.training.step import RunData, State, advance, draw_data, logits_of, params_of, start, tallies
 from elegans.training.transfer import depth
-from elegans.types import Example
+from elegans.types import AnyArray, Example
 
 CHUNK = 256  # steps whose metrics are kept on the device before they travel to the host
 EVALUATIONS = 8  # parts of a cohort that are evaluated apart: where one run of many ends, the others need not be
@@ -155,15 +155,20 @@ class Programs:
         data = pair(axes, 0)
         self._step = jax.jit(jax.vmap(_step, (0, 0, data, None), axis_name="replica"), inline=True)  # so that it is traced once
         self._functions = {
-            "start": spread.jit(_over(start, 0), (0,), 0),
-            "begin": spread.jit(_over(start, 0, 0), (0, 0), 0),
-            "data": spread.jit(_over(_finite_set, 0, axes), (0, axes), 0),
-            "held_out": spread.jit(_over(draw_held_out, 0, axes), (0, axes), 0),
-            "evaluate": self.few.jit(_over(evaluate, 0, 0, 0), (0, 0, 0), 0),
-            "few": jax.jit(_taken),
-            "chunk": spread.jit(functools.partial(_chunk, self._step), (0, 0, data, None, None), (0, 2), donate=(1,)),
+            "start": spread.jit(over(start, 0), (0,), 0),
+            "begin": spread.jit(over(start, 0, 0), (0, 0), 0),
+            "data": spread.jit(over(_finite_set, 0, axes), (0, axes), 0),
+            "held_out": spread.jit(over(draw_held_out, 0, axes), (0, axes), 0),
+            "evaluate": self.few.jit(over(evaluate, 0, 0, 0), (0, 0, 0), 0),
+            "few": jax.jit(taken),
+            "chunk": spread.jit(functools.partial(chunk_of, self._step), (0, 0, data, None, None), (0, 2), donate=(1,)),
         }
+        self._reset()
         self._inherits = depth(runs[0]) > 0
+
+    def _reset(self) -> None:
+        """Nothing is compiled or drawn yet."""
+        self._inherits = False
         self._compiled: dict[str, Any] = {}
         self._rows: HeldOut | None = None
         self._drawn: RunData | None = None
@@ -197,7 +202,7 @@ class Programs:
             "evaluate": jax.tree.map(self._few_of, evaluated),
             **({} if self._on_cpu else {"few": (evaluated, np.zeros(self.few.replicas, np.int32))}),
             "held_out": (self.runs, self.task),
-            "start": (self.runs,),
+            "start": self._of_start,
             **({"begin": (self.runs, self.states_like.params)} if self._inherits else {}),
             **({"data": (self.runs, self.task)} if self.runs.train_set else {}),
         }
@@ -212,7 +217,7 @@ class Programs:
     @functools.cached_property
     def states_like(self) -> State:
         """Shapes of the states."""
-        return jax.eval_shape(self._functions["start"], self.runs)
+        return jax.eval_shape(self._functions["start"], *self._of_start)
 
     @functools.cached_property
     def _data_like(self) -> RunData:
@@ -225,12 +230,29 @@ class Programs:
 
     def start(self) -> State:
         """Untrained states, stacked."""
-        return self._program("start", self.runs)(self.runs)
+        return self._program("start", *self._of_start)(*self._of_start)
 
     def begin(self, vectors: Float[np.ndarray, "replica parameter"]) -> State:
         """States that start from given parameters, stacked."""
         given = self.runs, self.spread.place(vectors)
         return self._program("begin", *given)(*given)
+
+    @property
+    def _of_start(self) -> tuple[Any, ...]:
+        """Arguments of what makes untrained states."""
+        return (self.runs,)
+
+    def join(self, parts: Sequence[State]) -> State:
+        """The states of the first replicas of every cohort in the program, from those of as many or more of each."""
+        return self.place(*parts)
+
+    def split(self, states: State) -> list[State]:
+        """The states of every cohort in the program, each with its own model's parameters."""
+        return [states]
+
+    def vectors(self, params: Float[AnyArray, "replica parameter"], slots: Int[np.ndarray, " slot"]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of every cohort with some of the slots: these, and their parameters [slot, parameter] of its own model."""
+        return [(slots, np.asarray(params)[slots])]
 
     def place(self, states: State) -> State:
         """The first replicas' states, from the host or of a larger cohort, where the programs want them."""
@@ -298,12 +320,12 @@ def check_scored(rows: HeldOut) -> None:
             raise Invalid("split", part, "no example of this part was found: lengthen the task, or say split=none")
 
 
-def _taken(tree: Any, index: Int[Array, " replica"]) -> Any:
+def taken(tree: Any, index: Int[Array, " replica"]) -> Any:
     """Some replicas out of all."""
     return jax.tree.map(lambda a: a[index], tree)
 
 
-def _over(function: Callable, *axes: Any) -> Callable:
+def over(function: Callable, *axes: Any) -> Callable:
     """A function of one replica, of many."""
     return jax.vmap(function, axes, axis_name="replica")
 
@@ -316,7 +338,7 @@ def _step(run: Run, state: State, data: RunData, step: Int[Array, ""]) -> tuple[
     return advance(run, state, step, data)
 
 
-def _chunk(step: Any, runs: Run, states: State, data: RunData, first: Int[Array, ""], steps: Int[Array, ""]) -> tuple[State, Array]:
+def chunk_of(step: Any, runs: Run, states: State, data: RunData, first: Int[Array, ""], steps: Int[Array, ""]) -> tuple[State, Array]:
     """Steps first..first+steps of every replica: new states, and metrics [metric, step, replica].
 
     The trip count is data, so that a chunk of any length is the same program, with the same bits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
 import jax
 
@@ -33,10 +34,16 @@ class Rates:
     layer: float  # seconds that a layer takes in a step besides, however small it is
     compiling: float  # seconds that the programs of one size cost, compiled beside others where threads do that
 
-    def step(self, run: Run, replicas: int) -> float:
-        """Seconds of one step of a cohort of runs like this one; a custom model counts as one of average width."""
-        width, layers = getattr(run.model, "d_model", 64), getattr(run.model, "layers", 2)
-        return self.layer * layers + flops_per_step(run) * replicas / min(self.width * width, self.most)
+    def step(self, loads: Iterable[tuple[Run, int]]) -> float:
+        """Seconds of one step of one program of so many replicas of each of some runs, their rows padded to the longest.
+
+        A custom model counts as one of average width.
+        """
+        loads = [(run, replicas) for run, replicas in loads if replicas]
+        model, longest = loads[0][0].model, max(run.task.positions for run, _ in loads)
+        width, layers = getattr(model, "d_model", 64), getattr(model, "layers", 2)
+        work = sum(flops_per_step(run) * replicas * (longest / run.task.positions) for run, replicas in loads)
+        return self.layer * layers + work / min(self.width * width, self.most)
 
 
 RATES = {"cpu": Rates(1.2e9, 1e11, 2e-4, 8.0), "gpu": Rates(8e11, 1.5e14, 6e-5, 8.0)}  # two cores; one H100 with 16 cores
@@ -45,3 +52,41 @@ RATES = {"cpu": Rates(1.2e9, 1e11, 2e-4, 8.0), "gpu": Rates(8e11, 1.5e14, 6e-5, 
 def rates_of(platform: str) -> Rates:
     """The rates of a platform as JAX names it."""
     return RATES["cpu" if platform == "cpu" else "gpu"]
+
+
+# ---- sizes over time
+
+
+@dataclasses.dataclass(frozen=True)
+class Leg:
+    """Steps start..stop of one program: of so many first runs of each of some cohorts."""
+
+    start: int
+    stop: int
+    sizes: tuple[int, ...]
+
+
+def shrink(lengths: Sequence[Sequence[int]], runs: Sequence[Run], rates: Rates) -> list[Leg]:
+    """The legs of cohorts of runs like these with these lengths, longest first, that train together.
+
+    When at most a quarter of the replicas still train, they move to a program of the next powers of two, where
+    that saves at least the time to compile it.
+    """
+    legs, begin, sizes = [], 0, tuple(map(len, lengths))
+    stops = sorted({n for each in lengths for n in each})
+    for stop in stops[:-1]:
+        live = [sum(n > stop for n in each) for each in lengths]
+        smaller = tuple(min(size, 1 << (n - 1).bit_length()) if n else 0 for n, size in zip(live, sizes, strict=True))
+        if sum(live) > sum(sizes) / 4:
+            continue
+        saved = (stops[-1] - stop) * (rates.step(zip(runs, sizes, strict=True)) - rates.step(zip(runs, smaller, strict=True)))
+        if saved >= rates.compiling:
+            legs.append(Leg(begin, stop, sizes))
+            begin, sizes = stop, smaller
+    return [*legs, Leg(begin, stops[-1], sizes)]
+
+
+def seconds(runs: Sequence[Run], legs: Sequence[Leg], rates: Rates, since: int = 0) -> float:
+    """Seconds that cohorts of runs like these take together from step `since` on, compiling included."""
+    left = [leg for leg in legs if leg.stop > since]
+    return sum((leg.stop - max(leg.start, since)) * rates.step(zip(runs, leg.sizes, strict=True)) + rates.compiling for leg in left)

@@ -18,8 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import scipy.sparse
 from jax.extend import core as jex
 
 from elegans.errors import Invalid
@@ -28,16 +26,15 @@ from elegans.models.base import once
 from elegans.sources import code_of
 from elegans.tasks.sampling import TaskData, prepare
 from elegans.training.cohort import group, resolve, traced
-from elegans.training.cost import Rates, flops_per_step, parameters, rates_of
+from elegans.training.cost import Rates, flops_per_step, parameters, rates_of, shrink
 from elegans.training.optimisers import AdamW
 from elegans.training.run import Record, Run
 from elegans.training.step import Update, draw_batch, draw_data, start, take, trained_of
-from elegans.training.transfer import lineage, origin
+from elegans.training.transfer import origin
 from elegans.types import Example
 
 LARGEST = 1024  # replicas of a cohort; throughput saturates far below
 CHECKPOINTS = 20  # of a cohort, evenly spaced
-HALVED = 0.75  # of a cohort's time, at most: what half of its runs must take for them to be divided
 SMALLER = "lower model sizes or batch, or raise --memory"
 
 
@@ -60,6 +57,7 @@ class CohortPlan:
     memory: int  # bytes, the budget that the size was chosen for
     devices: int  # most devices that share the cohort
     bytes: int  # an upper bound where nothing was compiled, else as compiled
+    convoy: tuple[str, ...] = ()  # the first runs of the cohorts that train in one program; none: it trains by itself
 
     @property
     def id(self) -> str:
@@ -70,7 +68,7 @@ class CohortPlan:
 
     @property
     def steps(self) -> int:
-        """Steps of the longest run."""
+        """Steps of the longest run; of a convoy's cohorts those until its program leaves it."""
         return self.segments[-1].stop
 
     @property
@@ -87,13 +85,15 @@ class CohortPlan:
             "memory": self.memory,
             "devices": self.devices,
             "bytes": self.bytes,
+            **({"convoy": list(self.convoy)} if self.convoy else {}),
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], runs: dict[str, Run]) -> CohortPlan:
         """The plan in a store, with the runs by id."""
         segments = tuple(Segment(*s) for s in data["segments"])
-        return cls(tuple(runs[i] for i in data["runs"]), segments, data["checkpoint_every"], data["memory"], data["devices"], data["bytes"])
+        names = ("checkpoint_every", "memory", "devices", "bytes")
+        return cls(tuple(runs[i] for i in data["runs"]), segments, *(data[name] for name in names), tuple(data.get("convoy", ())))
 
 
 def plan(
@@ -132,7 +132,8 @@ def _uncollected() -> Iterator[None]:
 def _cohort(members: list[Run], rates: Rates, memory: int, devices: int, needed: int) -> CohortPlan:
     lengths = [run.length for run in members]
     every = max(1, -(-lengths[0] // CHECKPOINTS))
-    return CohortPlan(tuple(members), tuple(shrink(lengths, members[0], rates)), every, memory, devices, needed)
+    segments = tuple(Segment(leg.start, leg.stop, *leg.sizes) for leg in shrink([lengths], members[:1], rates))
+    return CohortPlan(tuple(members), segments, every, memory, devices, needed)
 
 
 def _sized(members: list[Run], memory: int, measure: Callable[[Sequence[Run]], int] | None, platform: str) -> list[tuple[list[Run], int]]:
@@ -167,80 +168,6 @@ def evenly(members: list[Run], most: int) -> list[list[Run]]:
     size, larger = divmod(len(members), parts)
     ends = [size * i + min(i, larger) for i in range(parts + 1)]
     return [members[a:b] for a, b in itertools.pairwise(ends)]
-
-
-def shrink(lengths: Sequence[int], run: Run, rates: Rates) -> list[Segment]:
-    """Segments of a cohort of runs like this one with these lengths, longest first.
-
-    When at most a quarter of the replicas still train, they move to a program of the next power of two, where
-    that saves at least the time to compile it.
-    """
-    segments, begin, size = [], 0, len(lengths)
-    for stop in sorted(set(lengths))[:-1]:
-        live = sum(n > stop for n in lengths)
-        smaller = 1 << (live - 1).bit_length()
-        saved = (lengths[0] - stop) * (rates.step(run, size) - rates.step(run, smaller))
-        if live <= size / 4 and saved >= rates.compiling:
-            segments.append(Segment(begin, stop, size))
-            begin, size = stop, smaller
-    return [*segments, Segment(begin, lengths[0], size)]
-
-
-def seconds(run: Run, segments: Sequence[Segment], rates: Rates, since: int = 0) -> float:
-    """Seconds that a cohort of runs like this one takes from step `since` on, compiling included."""
-    left = [s for s in segments if s.stop > since]
-    return sum((s.stop - max(s.start, since)) * rates.step(run, s.size) + rates.compiling for s in left)
-
-
-def divide(runs: Sequence[Run], parts: int) -> list[list[Run]]:
-    """Runs, and all that they go on from, in parts that take about equally long on GPUs.
-
-    The costliest first, each to the part that has least. A structure stays whole, with its parents, unless it takes more than a fair
-    part and its halves are quicker: a small cohort takes as long as a large one, up to a size.
-    """
-    rates = rates_of("gpu")
-
-    def cost(members: Sequence[Run]) -> float:
-        lengths = sorted((run.length for run in members), reverse=True)
-        return seconds(members[0], shrink(lengths, members[0], rates), rates)
-
-    def joint(family: Sequence[Run]) -> float:
-        return sum(map(cost, group(family)))
-
-    whole = [(joint(family), family) for family in families(lineage(runs), structure=True)]
-    fair = sum(spent for spent, _ in whole) / parts
-
-    def pieces(spent: float, family: list[Run]) -> list[tuple[float, list[Run]]]:
-        lines = families(family) if spent > fair else [family]
-        if len(lines) == 1:
-            return [(spent, family)]
-        halves = [[run for line in half for run in line] for half in (lines[::2], lines[1::2])]
-        costs = [joint(half) for half in halves]
-        if max(costs) > HALVED * spent:
-            return [(spent, family)]
-        return [piece for each in zip(costs, halves, strict=True) for piece in pieces(*each)]
-
-    made: list[list[Run]] = [[] for _ in range(parts)]
-    taken = [0.0] * parts
-    for spent, piece in sorted((piece for each in whole for piece in pieces(*each)), key=lambda found: -found[0]):
-        least = taken.index(min(taken))
-        made[least] += piece
-        taken[least] += spent
-    return made
-
-
-def families(runs: Sequence[Run], structure: bool = False) -> list[list[Run]]:
-    """Runs, those together of which one goes on from another, and also, if asked, those of one structure."""
-    home = {run.id: i for i, run in enumerate(runs)}
-    tied = [(run.id, run.after.id) for run in runs if run.after is not None]
-    tied += [(run.id, members[0].id) for members in group(runs) for run in members] if structure else []
-    ends = np.array([[home[a], home[b]] for a, b in tied]).reshape(-1, 2)
-    graph = scipy.sparse.coo_array((np.ones(len(ends)), ends.T), (len(runs), len(runs)))
-    _, family = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    found: dict[int, list[Run]] = {}
-    for run, which in zip(runs, family, strict=True):
-        found.setdefault(which, []).append(run)
-    return list(found.values())
 
 
 # ---- checks before anything is compiled or written

@@ -30,11 +30,12 @@ def devices_for(device: jax.Device, replicas: int, limit: int | None = None) -> 
 class Spread:
     """Compiles functions of stacked replicas for one or several devices. Axes are as in `vmap`: None is shared."""
 
-    def __init__(self, devices: list[jax.Device], replicas: int):
+    def __init__(self, devices: list[jax.Device], replicas: int, whole: bool = False):
+        """`whole`: a function needs all replicas at once, also on a CPU."""
         self.devices, self.replicas = devices, replicas
         share = replicas // len(devices)
         on_cpu = devices[0].platform == "cpu"
-        self.turns = share // next(n for n in range(AT_ONCE, 0, -1) if share % n == 0) if on_cpu else 1
+        self.turns = share // next(n for n in range(AT_ONCE, 0, -1) if share % n == 0) if on_cpu and not whole else 1
         self.mesh = Mesh(np.array(devices), ("device",))
 
     def jit(self, function: Callable, in_axes: tuple[Any, ...], out_axes: Any, donate: tuple[int, ...] = ()) -> Any:

@@ -22,6 +22,7 @@ from elegans.types import AnyArray, Example
 if TYPE_CHECKING:
     from elegans.training.run import Run
 
+NEVER = -1e9  # logit of what is no candidate: finite, since a loss multiplies it by 0
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -94,7 +95,9 @@ def logits_of(
         row_key = None if key is None else jax.random.fold_in(key, row)
         return run.model.apply(params, tokens[:-1], key=row_key)[0]
 
-    return jax.vmap(one, axis_name="batch")(tokens, jnp.arange(tokens.shape[0]))
+    logits = jax.vmap(one, axis_name="batch")(tokens, jnp.arange(tokens.shape[0]))
+    candidates = run.task.candidates
+    return logits if candidates is None else jnp.where(candidates, logits, NEVER)
 
 
 # ---- the step

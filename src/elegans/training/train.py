@@ -1,16 +1,18 @@
-"""Training one cohort: a generator of everything worth keeping. It writes nothing and knows no store."""
+"""Training one convoy: a generator of everything worth keeping. It writes nothing and knows no store."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from elegans.training.ahead import Ahead
 from elegans.training.cohort import CHUNK, Programs
-from elegans.training.planner import CohortPlan, Segment
+from elegans.training.convoy import Convoy
+from elegans.training.cost import Leg, flops_per_step
 from elegans.training.run import Run, When
 from elegans.training.step import State
 
@@ -36,10 +38,11 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The state of a cohort's first replicas after `step` updates: all that resuming needs. Its arrays are good until the next event."""
+    """The states of some cohorts' first replicas after `step` updates: all that resuming needs. They can be had until the next event."""
 
     step: int
-    states: State
+    members: list[int]  # which of the convoy's cohorts
+    split: Callable[[], list[State]]  # their states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Progress:
     size: int
     seconds: float
     steps: int
+    flops: float  # of training, replicas that have ended included
     loss: float | None  # median over live replicas
 
 
@@ -78,34 +82,37 @@ Event = Rows | Weights | Checkpoint | Compiling | Compiled | Progress
 Inherit = Callable[[np.ndarray], np.ndarray]  # what runs start from, of their own initial parameters [replica, parameter]
 
 
-def train_cohort(
-    plan: CohortPlan, ahead: Ahead, step: int = 0, states: State | None = None, inherit: Inherit | None = None
+def train_convoy(
+    convoy: Convoy, ahead: Ahead, step: int = 0, states: Mapping[int, State] | None = None, inherit: Inherit | None = None
 ) -> Iterator[Event]:
-    """Train a cohort from `step` (with the states of that step, or untrained) to its end, with programs from `ahead`.
+    """Train cohorts together from `step` (with the states of that step, by cohort, or untrained) to their end, with programs from `ahead`.
 
-    Untrained runs start from initial weights, or from what `inherit` makes of them.
+    Untrained runs start from initial weights, or from what `inherit` makes of them. A cohort without states was left before.
     """
-    for segment in plan.segments:
-        if segment.stop <= step:
+    parts = states
+    for leg in convoy.legs:
+        if leg.stop <= step:
             continue
-        yield Compiling(step, segment.size)
+        yield Compiling(step, sum(leg.sizes))
         began = time.perf_counter()
-        ready = ahead.take(plan, segment)
-        programs = ready.programs
-        yield Compiled(step, segment.size, time.perf_counter() - began, ready.seconds, ready.fresh)
-        if states is None:
-            states = programs.start()
-            states = programs.begin(inherit(np.asarray(states.params))) if inherit else states
+        ready = ahead.take(convoy, leg)
+        programs, members = ready.programs, convoy.members(leg)
+        yield Compiled(step, sum(leg.sizes), time.perf_counter() - began, ready.seconds, ready.fresh)
+        if parts is None:
+            joint = programs.start()
+            joint = programs.begin(inherit(np.asarray(joint.params))) if inherit else joint
         else:
-            states = programs.place(states)
-        states = yield from _Segment(plan, segment, programs).train(step, states)
-        step = segment.stop
+            joint = programs.join([parts[i] for i in members])
+        joint = yield from _Leg(convoy, leg, programs).train(step, joint)
+        step = leg.stop
+        if step < convoy.steps:
+            parts = dict(zip(members, programs.split(joint), strict=True))
 
 
 class _Schedule:
     """When each run of a cohort does something that a `When` asks for."""
 
-    def __init__(self, runs: tuple[Run, ...], when: When, shift_last: int = 0):
+    def __init__(self, runs: Sequence[Run], when: When, shift_last: int = 0):
         distinct = {n: when.upto(n) for n in {run.length for run in runs}}
         marks = {n: np.unique([*steps[:-1], *(last - shift_last for last in steps[-1:])]) for n, steps in distinct.items()}
         self._marks = [marks[run.length] for run in runs]
@@ -116,14 +123,16 @@ class _Schedule:
         return np.stack([np.isin(steps, m) for m in self._marks], 1)
 
 
-class _Segment:
-    """The training of one segment of a cohort's plan."""
+class _Leg:
+    """The training of one leg of a convoy."""
 
-    def __init__(self, plan: CohortPlan, segment: Segment, programs: Programs):
-        self.plan, self.segment, self.programs = plan, segment, programs
-        self.runs = plan.runs[: segment.size]
+    def __init__(self, convoy: Convoy, leg: Leg, programs: Programs):
+        self.leg, self.programs, self.members = leg, programs, convoy.members(leg)
+        self.runs = [run for members in convoy.groups(leg) for run in members]
         self.ids = np.array([run.id for run in self.runs])
         self.lengths = np.array([run.length for run in self.runs])
+        self.checkpoint_every = convoy.plans[0].checkpoint_every
+        self.flops = sum(leg.sizes[i] * flops_per_step(convoy.plans[i].runs[0]) for i in self.members)
         record = self.runs[0].record
         self.record = record
         self.train_marks = _Schedule(self.runs, record.train, shift_last=1)
@@ -132,7 +141,7 @@ class _Segment:
         self.chunk = 1
 
     def train(self, step: int, states: State) -> Generator[Event, None, State]:
-        """Yield events from `step` to the segment's end; return the states there."""
+        """Yield events from `step` to the leg's end; return the states there."""
         if step == 0:
             yield from self._boundary(0, states)
         for stop in self._stops(step):
@@ -142,10 +151,10 @@ class _Segment:
         return states
 
     def _stops(self, step: int) -> list[int]:
-        every = range(0, self.plan.steps, self.plan.checkpoint_every)
+        every = range(0, self.leg.stop, self.checkpoint_every)
         weights = self.weight_marks.steps if self.weight_marks else []
-        marks = {*every, *self.evaluate_marks.steps, *weights, *self.lengths.tolist(), self.segment.stop}
-        return sorted(s for s in marks if step < s <= self.segment.stop)
+        marks = {*every, *self.evaluate_marks.steps, *weights, *self.lengths.tolist(), self.leg.stop}
+        return sorted(s for s in marks if step < s <= self.leg.stop)
 
     def _advance(self, step: int, stop: int, states: State) -> Generator[Event, None, tuple[State, int]]:
         n = min(self.chunk, stop - step, CHUNK)
@@ -155,7 +164,7 @@ class _Segment:
         self.chunk = max(1, min(CHUNK, 2 * self.chunk, int(CHUNK_SECONDS / max(seconds / n, 1e-9))))
         yield from self._train_rows(np.arange(step, step + n), metrics)
         last = metrics["loss"][-1]
-        yield Progress(step + n, len(self.runs), seconds, n, float(np.nanmedian(last)) if np.isfinite(last).any() else None)
+        yield Progress(step + n, len(self.runs), seconds, n, n * self.flops, float(np.nanmedian(last)) if np.isfinite(last).any() else None)
         return states, step + n
 
     def _train_rows(self, steps: np.ndarray, metrics: dict[str, np.ndarray]) -> Iterator[Rows]:
@@ -176,10 +185,11 @@ class _Segment:
             yield from self._evaluation(step, states, "test", ended)
         kept = np.nonzero(self.weight_marks.due(np.array([step]))[0] & sound)[0] if self.weight_marks else np.empty(0, int)
         if len(kept):
-            yield Weights(step, self.ids[kept].tolist(), np.asarray(states.params)[kept])
-        last = step == self.segment.stop
-        if last or (step > 0 and step % self.plan.checkpoint_every == 0):
-            yield Checkpoint(step, states)
+            for slots, vectors in self.programs.vectors(states.params, kept):
+                yield Weights(step, self.ids[slots].tolist(), vectors)
+        last = step == self.leg.stop
+        if last or (step > 0 and step % self.checkpoint_every == 0):
+            yield Checkpoint(step, self.members, functools.cache(lambda: self.programs.split(states)))
 
     def _evaluation(self, step: int, states: State, part: str, slots: np.ndarray) -> Iterator[Rows]:
         scores = self.programs.evaluate(states.params, part, slots)

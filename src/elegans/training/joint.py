@@ -1,0 +1,162 @@
+"""The program of several cohorts whose runs differ in their task: each draws its own rows, and one model step serves all.
+
+Rows are padded to the longest, after their end, where nothing is scored and attention, being causal, brings nothing back. Parameters are
+padded to the largest vocabulary and row, with zeros that nothing reads and no gradient reaches; the symbols that a task lacks are no
+candidates of its predictions. So a run is the same in any company, but for rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from elegans.specs import spec, structure, varies
+from elegans.tasks import Task
+from elegans.training.cohort import EVALUATIONS, HeldOut, Programs, chunk_of, draw_held_out, evaluate, over, resolve, share, stack, taken
+from elegans.training.run import Run
+from elegans.training.spread import Spread, devices_for
+from elegans.training.step import RunData, State, draw_batch, shapes_of, start, take
+from elegans.types import AnyArray, Example
+
+
+@spec
+class Shared(Task):
+    """What stands for a run's task in a program of several: the largest vocabulary, the longest row. It draws nothing."""
+
+    abstract: ClassVar[bool] = True
+    vocab: int = structure(1, "symbols of the largest vocabulary", ge=1)
+    longest: int = structure(1, "tokens of the longest row", ge=1)
+    own: int = varies(1, "symbols of the run's own task, the first ones", ge=1)
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return tuple(map(str, range(self.vocab)))
+
+    @property
+    def positions(self) -> int:
+        return self.longest
+
+    @property
+    def candidates(self) -> Bool[Array, " vocab"]:
+        return jnp.arange(self.vocab) < self.own
+
+    def sample(self, key: jax.Array, data: Any) -> Example:
+        raise NotImplementedError("the tasks that it stands for draw their own rows")
+
+
+class Joint(Programs):
+    """The programs of several groups of runs, each group of one structure, that differ from each other in their task alone."""
+
+    def __init__(self, groups: Sequence[Sequence[Run]], device: jax.Device):
+        tasks = [members[0].task for members in groups]
+        vocab, longest = max(task.vocab_size for task in tasks), max(task.positions for task in tasks)
+        shared = [
+            dataclasses.replace(resolve(run), task=Shared(vocab=vocab, longest=longest, own=run.task.vocab_size))
+            for members in groups
+            for run in members
+        ]
+        self.sizes = list(map(len, groups))
+        self._within = [_places(members[0], shared[0]) for members in groups]
+        few = -(-len(shared) // EVALUATIONS)
+        self.spread, self.few = Spread([device], len(shared), whole=True), Spread(devices_for(device, few, 1), few)
+        made = [share(members) for members in groups]
+        self._axes = [axes for _, axes in made]
+        self.runs = self.spread.place(stack(shared))
+        self.task = self.spread.place(tuple((stack(members), data) for members, (data, _) in zip(groups, made, strict=True)))
+        self._longest = longest
+        self._step = jax.jit(self._advance, inline=True)
+        self._functions = {
+            "start": jax.jit(self._started),
+            "held_out": jax.jit(self._held_out),
+            "evaluate": self.few.jit(over(evaluate, 0, 0, 0), (0, 0, 0), 0),
+            "few": jax.jit(taken),
+            "chunk": jax.jit(functools.partial(chunk_of, self._step), donate_argnums=(1,)),
+        }
+        self._reset()
+
+    # ---- what the program does
+
+    def _started(self, parts: Any) -> State:
+        states = [jax.vmap(start, axis_name="replica")(runs) for runs, _ in parts]
+        return _joined([self._widened(i, s) for i, s in enumerate(states)])
+
+    def _held_out(self, runs: Run, parts: Any) -> HeldOut:
+        del runs
+        drawn = [over(draw_held_out, 0, axes)(own, data) for (own, data), axes in zip(parts, self._axes, strict=True)]
+        return HeldOut(*(_joined([self._padded(example) for example in examples]) for examples in zip(*drawn, strict=True)))
+
+    def _advance(self, runs: Run, states: State, data: RunData, step: Int[Array, ""]) -> tuple[State, Any]:
+        drawn = []
+        for (own, arrays), axes in zip(data.task, self._axes, strict=True):
+            draw = jax.vmap(lambda run, arrays: draw_batch(run, step, RunData(arrays)), (0, axes), axis_name="replica")
+            drawn.append(draw(own, arrays))
+        if any(example.weights is not None for example in drawn):
+            drawn = [e if e.weights is not None else dataclasses.replace(e, weights=jnp.ones(e.tokens.shape)) for e in drawn]
+        batch = _joined([self._padded(example) for example in drawn])
+        return jax.vmap(take, (0, 0, None, 0), axis_name="replica")(runs, states, step, batch)
+
+    def _padded(self, rows: Example) -> Example:
+        """Rows [..., position] as long as the longest of any task, unscored there."""
+        beyond = [(0, 0)] * (rows.tokens.ndim - 1) + [(0, self._longest - rows.tokens.shape[-1])]
+        weights = None if rows.weights is None else jnp.pad(rows.weights, beyond)
+        return Example(jnp.pad(rows.tokens, beyond, mode="edge"), jnp.pad(rows.scored, beyond), weights=weights)
+
+    # ---- states of each cohort's own, and of all
+
+    def _widened(self, group: int, tree: Any) -> Any:
+        """A group's arrays [replica, parameter], padded to the shared model's; others as they are."""
+        own, all_of = self._within[group]
+
+        def widen(a: Any) -> Any:
+            if not (a.ndim == 2 and a.shape[1] == len(own)):
+                return a
+            if isinstance(a, np.ndarray):
+                made = np.zeros((len(a), all_of), a.dtype)
+                made[:, own] = a
+                return made
+            return jnp.zeros((len(a), all_of), a.dtype).at[:, own].set(a)
+
+        return jax.tree.map(widen, tree)
+
+    def join(self, parts: Sequence[State]) -> State:
+        cut = [jax.tree.map(lambda a, n=n: np.asarray(a)[:n], part) for part, n in zip(parts, self.sizes, strict=True)]
+        return self.spread.place(_joined([self._widened(i, part) for i, part in enumerate(cut)], np))
+
+    def split(self, states: State) -> list[State]:
+        host = jax.tree.map(np.asarray, states)
+        ends = np.cumsum(self.sizes)
+        parts = []
+        for (own, all_of), end, size in zip(self._within, ends, self.sizes, strict=True):
+            rows = jax.tree.map(lambda a, end=end, size=size: a[end - size : end], host)
+            parts.append(jax.tree.map(lambda a, own=own, all_of=all_of: a[:, own] if a.ndim == 2 and a.shape[1] == all_of else a, rows))
+        return parts
+
+    def vectors(self, params: Float[AnyArray, "replica parameter"], slots: Int[np.ndarray, " slot"]) -> list[tuple[np.ndarray, np.ndarray]]:
+        host, home = np.asarray(params), np.repeat(np.arange(len(self.sizes)), self.sizes)[slots]
+        return [(slots[home == i], host[slots[home == i]][:, own]) for i, (own, _) in enumerate(self._within) if (home == i).any()]
+
+    @property
+    def _of_start(self) -> tuple[Any, ...]:
+        return (self.task,)
+
+
+def _places(run: Run, shared: Run) -> tuple[np.ndarray, int]:
+    """Where a run's parameters lie among those of the shared model, and how many these are."""
+    places, begin = [], 0
+    for own, wide in zip(jax.tree.leaves(shapes_of(resolve(run))), jax.tree.leaves(shapes_of(shared)), strict=True):
+        within = np.arange(begin, begin + wide.size, dtype=np.int32).reshape(wide.shape)
+        places.append(within[tuple(slice(n) for n in own.shape)].reshape(-1))
+        begin += wide.size
+    return np.concatenate(places), begin
+
+
+def _joined(trees: Sequence[Any], module: Any = jnp) -> Any:
+    """Trees of arrays [replica, ...], one after the other."""
+    return jax.tree.map(lambda *arrays: module.concatenate(arrays), *trees)

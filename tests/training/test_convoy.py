@@ -1,0 +1,246 @@
+"""Cohorts that train together: each run is what it is alone, but for rounding, and is stored, stopped and resumed by itself."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+import elegans as el
+from elegans import study
+from elegans.folder import Writer
+from elegans.store import Store
+from elegans.training.ahead import Ahead
+from elegans.training.cohort import Programs
+from elegans.training.convoy import Convoy, alike, divide, form, gather
+from elegans.training.cost import RATES, Rates, seconds
+from elegans.training.joint import Joint
+from elegans.training.planner import plan
+from elegans.training.train import train_convoy
+
+GPU, MEMORY = RATES["gpu"], 2**34
+EAGER = Rates(GPU.width, GPU.most, GPU.layer, 0.0)  # compiles for nothing: every cohort is left as it ends
+RUN = el.Run(
+    el.Addition(length=3),
+    el.Transformer(layers=1, d_model=8, heads=2, position=el.Learned()),
+    el.AdamW(lr=1e-2),
+    batch=4,
+    steps=24,
+    record=el.Record(train=el.Every(4), evaluate=el.At((8,)), weights=el.At((8,)), examples=8),
+)
+TASKS = (el.Addition(length=3), el.MaximumSubarray(length=4), el.Majority(length=2))  # of 5, 21 and 5 symbols; of 13, 10 and 7 tokens
+
+
+@functools.cache
+def runs() -> list[el.Run]:
+    """Two seeds and two lengths of every task."""
+    lengths = {"addition": (24, 3), "maximum_subarray": (24, 6), "majority": (12, 3)}
+    return [
+        r
+        for task in TASKS
+        for n in lengths[task.kind]
+        for r in el.grid(el.replace(el.replace(RUN, "task", task), "steps", n), {"seed": [0, 1]})
+    ]
+
+
+def planned(rates: Rates = GPU) -> list:
+    return form(plan(runs(), MEMORY), rates, MEMORY)
+
+
+def stored(path, monkeypatch, rates: Rates = EAGER, **how) -> Store:
+    """The runs, trained together."""
+    real = study.prepare
+    gathered = lambda work: dataclasses.replace(work, new=form(work.new, rates, MEMORY))  # noqa: E731
+    monkeypatch.setattr(study, "prepare", lambda *args, **kwargs: gathered(real(*args, **kwargs)))
+    try:
+        return study.train(runs(), path, device="cpu", **how)
+    finally:
+        monkeypatch.setattr(study, "prepare", real)
+
+
+def rows(store: Store, table: str = "metrics") -> list[dict]:
+    return sorted(
+        store.sql(f"select * from {table}").to_pylist(), key=lambda r: [str(v) for k, v in r.items() if k in ("run", "split")] + [r["step"]]
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Store:
+    return study.train(runs(), tmp_path_factory.mktemp("alone"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Store:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return stored(tmp_path_factory.mktemp("together"), monkeypatch)
+
+
+def test_runs_are_what_they_are_alone_but_for_rounding(alone, together):
+    plans = [c.plan() for c in together.cohorts()]
+    assert {p.convoy for p in plans} == {tuple(p.runs[0].id for p in planned())} and not any(c.plan().convoy for c in alone.cohorts())
+    for table, numbers in (("metrics", ("loss", "accuracy", "exact_match", "grad_norm")), ("positions", ("loss",))):
+        pairs = list(zip(rows(alone, table), rows(together, table), strict=True))
+        assert len(pairs) > 50
+        for a, b in pairs:
+            assert {k: v for k, v in a.items() if k not in numbers} == {k: v for k, v in b.items() if k not in numbers}
+            for n in numbers:
+                assert (a[n] is None) == (b[n] is None)
+                assert a[n] is None or a[n] == pytest.approx(b[n], rel=1e-3, abs=2e-4), (a, b)
+
+
+def test_weights_are_those_of_each_task_s_own_model(alone, together):
+    vectors = [{i: v for c in store.cohorts() for i, v in c.vectors(step).items()} for store in (alone, together) for step in (None, 8)]
+    for a, b in zip(vectors[:2], vectors[2:], strict=True):
+        assert a.keys() == b.keys() and a
+        for run in a:
+            assert a[run].shape == b[run].shape
+            assert np.allclose(a[run], b[run], rtol=1e-2, atol=2e-3)
+    (begin, begun) = ({i: v for c in store.cohorts() for i, v in c.vectors(0).items()} for store in (alone, together))
+    assert all(np.array_equal(begin[i], begun[i]) for i in begin)  # nothing of a run's start hangs on its company
+
+
+def test_what_pads_a_model_is_zero_and_stays_so():
+    groups = [[r for r in runs() if r.task == task] for task in TASKS]
+    programs = Joint(groups, jax.devices()[0])
+    start = programs.start()
+    states, metrics = programs.chunk(start, 0, 24)
+    assert np.isfinite(metrics["loss"][:3]).all()
+    own = [np.asarray(s.params).shape[1] for s in programs.split(states)]
+    wide = np.asarray(states.params)
+    assert len(set(own)) == 3 and wide.shape[1] >= max(own)
+    back = programs.join(programs.split(states))
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(states), strict=True):
+        assert np.array_equal(a, b)  # splitting drops what pads, joining puts zeros: nothing else was there
+
+
+def test_a_task_s_predictions_are_among_its_symbols(together):
+    """A model of 21 symbols knows only two digits where the task has no more: else an untrained loss would be near ln 21."""
+    programs = Joint([[r for r in runs() if r.task == task] for task in TASKS], jax.devices()[0])
+    states = programs.start()
+    slots = np.arange(sum(programs.sizes))
+    joint = programs.evaluate(states.params, "test", slots)
+    own = [Programs([r for r in runs() if r.task == task], jax.devices()[0], 1) for task in TASKS]
+    each = [p.evaluate(p.start().params, "test", np.arange(n)) for p, n in zip(own, programs.sizes, strict=True)]
+    assert np.allclose(joint.loss, np.concatenate([e.loss for e in each]), rtol=1e-5)
+    assert np.array_equal(joint.exact_match, np.concatenate([e.exact_match for e in each]))
+
+
+def files(store: Store) -> dict[str, bytes]:
+    return {str(p.relative_to(store.path)): p.read_bytes() for p in sorted(store.path.rglob("cohorts/*/*")) if p.name != "timings.jsonl"}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [3, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 2, 5, 8, 9))])
+def test_killed_between_any_two_files_it_goes_on_to_the_same_bits(at, together, tmp_path, monkeypatch):
+    """After some cohort's so-manieth checkpoint, when the others of its convoy have theirs or not, and some have ended."""
+    count, close = itertools.count(1), Writer.close
+
+    def stops(self, diverged):
+        close(self, diverged)
+        if next(count) == at:
+            raise Stop
+
+    monkeypatch.setattr(Writer, "close", stops)
+    monkeypatch.setattr(study, "CHECKPOINT_SHARE", 1e9)  # every checkpoint is written
+    with pytest.raises(Stop):
+        stored(tmp_path / "s", monkeypatch)
+    monkeypatch.setattr(Writer, "close", close)
+    again = stored(tmp_path / "s", monkeypatch)
+    assert files(again) == files(together)
+
+
+def test_cohorts_that_end_are_left():
+    convoy = Convoy(tuple(planned(EAGER)))
+    assert convoy.legs[0].sizes == (4, 4, 4) and convoy.legs[-1].stop == 24
+    lengths = [[r.length for r in p.runs] for p in convoy.plans]
+    for leg in convoy.legs:
+        live = [sum(n > leg.start for n in each) for each in lengths]
+        assert all(size >= n for size, n in zip(leg.sizes, live, strict=True))  # no run is left before its end
+    assert [leg.sizes for leg in Convoy(tuple(planned())).legs] == [(4, 4, 4)]  # where a program costs more than that, all stay to the end
+
+
+def test_who_trains_together():
+    custom = dataclasses.replace(RUN, model=el.Transformer(layers=1, d_model=8, heads=2, attention=Own()))
+    finite, child = el.replace(RUN, "train_set", 64), el.follow([RUN], el.replace(RUN, "seed", 5))[-1]
+    assert alike(RUN) == alike(el.replace(RUN, "task", TASKS[1])) == alike(el.replace(RUN, "optim.lr", 1e-3)) is not None
+    assert alike(RUN) != alike(el.replace(RUN, "batch", 8)) and alike(RUN) != alike(el.replace(RUN, "model.layers", 2))
+    assert alike(custom) is alike(finite) is alike(child) is None
+    mixed = [*runs(), custom, finite, *el.grid(el.replace(RUN, "batch", 8), {"seed": [0, 1]})]
+    plans = form(plan(mixed, MEMORY), GPU, MEMORY)
+    assert [len(g) for g in gather(plans)] == [3, 1, 1, 1]
+    assert [r.id for p in plans for r in p.runs] == [r.id for p in plan(mixed, MEMORY) for r in p.runs]
+    assert len({p.id for p in plans} & {p.id for p in plan(mixed, MEMORY)}) == 3  # a convoy's cohorts are other cohorts: their bits are
+
+
+@el.spec
+class Own(el.Attention):
+    """Anything of the user's."""
+
+
+def test_convoys_fit_and_take_least_time():
+    """Against every division of the tasks, by length of row, into parts."""
+    tasks = [el.Addition(length=n) for n in (3, 4, 6, 20, 40)]
+    apart = plan([el.replace(el.replace(RUN, "task", t), "steps", 20_000 + t.length) for t in tasks], MEMORY)
+    needed = sum(p.bytes for p in apart)
+    for memory in (MEMORY, needed // 2, 1):
+        plans = form(apart, GPU, memory)
+        parts = [[plans[i] for i in g] for g in gather(plans)]
+        for part in parts:
+            longest = max(p.runs[0].task.positions for p in part)
+            assert len(part) == 1 or sum(p.bytes * longest / p.runs[0].task.positions for p in part) <= memory
+        if memory == 1:
+            assert len(parts) == len(tasks)
+        if memory == MEMORY:
+            spent = sum(Convoy(tuple(part)).seconds(GPU) for part in parts)
+            assert spent <= min(map(time_of, divisions(apart))) * (1 + 1e-9)
+
+
+def divisions(plans: list) -> list[list[list]]:
+    cuts = itertools.product([False, True], repeat=len(plans) - 1)
+    return [[list(part) for part in parts(plans, cut)] for cut in cuts]
+
+
+def parts(plans: list, cut: tuple[bool, ...]) -> list[list]:
+    made = [[plans[0]]]
+    for p, new in zip(plans[1:], cut, strict=True):
+        made = [*made, [p]] if new else [*made[:-1], [*made[-1], p]]
+    return made
+
+
+def time_of(division: list[list]) -> float:
+    from elegans.training.cost import shrink
+
+    firsts = [[p.runs[0] for p in part] for part in division]
+    return sum(seconds(runs, shrink([[r.length] for r in runs], runs, GPU), GPU) for runs in firsts)
+
+
+def test_shares_keep_together_what_trains_together():
+    many = [r for b in (4, 8, 16) for r in (el.replace(run, "batch", b) for run in runs())]
+    shares = divide(many, 3)
+    assert sorted(r.id for s in shares for r in s) == sorted(r.id for r in many)
+    assert [len({r.batch for r in s}) for s in shares] == [1, 1, 1]
+
+
+def test_a_cohort_without_its_convoy_goes_on_alone(together, tmp_path, monkeypatch):
+    """As when an archive brought only some of them: no claim of equal bits, but the same runs."""
+    store = stored(tmp_path / "s", monkeypatch, minutes=0.0)
+    left = [c for c in store.cohorts() if not c.status()["finished"]]
+    assert len(left) == 3
+    store.remove(left[1:])
+    study.train(left[0].specs(), store.path, device="cpu")
+    assert left[0].status()["recompiled"] and not any(c.status()["recompiled"] for c in together.cohorts())
+    got = {r["run"]: r["loss"] for r in rows(Store(store.path)) if r["split"] == "test"}
+    want = {r["run"]: r["loss"] for r in rows(together) if r["split"] == "test"}
+    assert got and all(got[i] == pytest.approx(want[i], rel=1e-3) for i in got)
+
+
+def test_events_of_a_convoy_tell_of_all_its_runs():
+    convoy = Convoy(tuple(planned()))
+    events = list(train_convoy(convoy, Ahead([], jax.devices()[0])))
+    told = {i for e in events if isinstance(e, el.training.train.Rows) for i in e.columns["run"]}
+    assert told == {r.id for r in runs()}
