@@ -26,9 +26,8 @@ from elegans import (
     Run,
     Spec,
 )
-from elegans.folder import Cohort
+from elegans.folder import Cohort, parent_of
 from elegans.specs import _KINDS, fill, is_abstract
-from elegans.study import _parent
 from elegans.tasks.sampling import prepare
 from elegans.training import ahead, train
 from elegans.training.cohort import Evaluation, draw_held_out, evaluate, resolve, stack
@@ -159,8 +158,14 @@ class Still:
     def start(self) -> State:
         return State(jnp.zeros((self.size, 3)), (), jnp.full(self.size, -1))
 
-    def place(self, states: State) -> State:
-        return states
+    def join(self, parts: list[State]) -> State:
+        return parts[0]
+
+    def split(self, states: State) -> list[State]:
+        return [states]
+
+    def vectors(self, params: Any, slots: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(slots, np.asarray(params)[slots])]
 
     def chunk(self, states: State, step: int, steps: int) -> tuple[State, dict[str, np.ndarray]]:
         return states, {name: np.zeros((steps, self.size)) for name in self.metrics}
@@ -266,4 +271,4 @@ def test_a_parent_and_its_step_decide_the_weights_that_a_run_starts_from() -> No
     """The engine knows neither: it is given the weights. What is in them, `tests/training/test_after.py` tests."""
     children = [based(after=parent, after_step=step) for parent in PARENTS for step in (None, 3)]
     assert len({run.id for run in [BASE, *children]}) == 5 and {resolve(run) for run in children} == {resolve(BASE)}
-    assert [_parent(Kept(), run, {}).tolist() for run in children] == [[0, -1], [0, 3], [1, -1], [1, 3]]
+    assert [parent_of(Kept(), run, {}).tolist() for run in children] == [[0, -1], [0, 3], [1, -1], [1, 3]]
