@@ -368,8 +368,8 @@ def _train(store: Store, cohorts: Sequence[Cohort], convoy: Convoy, ahead: Ahead
         late, now = time.monotonic() > until, time.monotonic()
         if isinstance(event, Checkpoint) and not (late or now > rest or event.step in ends):
             continue
-        for i in sorted(writers, key=lambda i: convoy.plans[i].steps):  # who ends comes last
-            writers[i].write(event, i)
+        for i, writer in writers.items():
+            writer.write(event, i)
         if isinstance(event, Checkpoint):
             rest = time.monotonic() + (time.monotonic() - now) / CHECKPOINT_SHARE
         elif isinstance(event, Progress):

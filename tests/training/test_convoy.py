@@ -35,14 +35,10 @@ TASKS = (el.Addition(length=3), el.MaximumSubarray(length=4), el.Majority(length
 
 @functools.cache
 def runs() -> list[el.Run]:
-    """Two seeds and two lengths of every task."""
-    lengths = {"addition": (24, 3), "maximum_subarray": (24, 6), "majority": (12, 3)}
-    return [
-        r
-        for task in TASKS
-        for n in lengths[task.kind]
-        for r in el.grid(el.replace(el.replace(RUN, "task", task), "steps", n), {"seed": [0, 1]})
-    ]
+    """One long run of addition, and four shorter ones of each of the others, which are left when the last of them ends."""
+    lengths = {"addition": (24, 1), "maximum_subarray": (12, 4), "majority": (6, 4)}
+    made = [el.replace(el.replace(RUN, "task", task), "steps", lengths[task.kind][0]) for task in TASKS]
+    return [run for one in made for run in el.grid(one, {"seed": range(lengths[one.task.kind][1])})]
 
 
 def planned(rates: Rates = GPU) -> list:
@@ -136,14 +132,17 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [3, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 2, 5, 8, 9))])
-def test_killed_between_any_two_files_it_goes_on_to_the_same_bits(at, together, tmp_path, monkeypatch):
-    """After some cohort's so-manieth checkpoint, when the others of its convoy have theirs or not, and some have ended."""
+SLOW = [(2, 1), (2, 3), (6, 2), (12, 2), (12, 3), (14, 1), (24, 1)]
+
+
+@pytest.mark.parametrize(("step", "closed"), [(12, 1), *(pytest.param(*at, marks=pytest.mark.slow) for at in SLOW)])
+def test_killed_between_any_two_files_it_goes_on_to_the_same_bits(step, closed, together, tmp_path, monkeypatch):
+    """After so many cohorts have their checkpoint of a step and the others of the convoy have not; two cohorts end at step 12."""
     count, close = itertools.count(1), Writer.close
 
     def stops(self, diverged):
         close(self, diverged)
-        if next(count) == at:
+        if self.step == step and next(count) == closed:
             raise Stop
 
     monkeypatch.setattr(Writer, "close", stops)
@@ -156,13 +155,9 @@ def test_killed_between_any_two_files_it_goes_on_to_the_same_bits(at, together, 
 
 
 def test_cohorts_that_end_are_left():
-    convoy = Convoy(tuple(planned(EAGER)))
-    assert convoy.legs[0].sizes == (4, 4, 4) and convoy.legs[-1].stop == 24
-    lengths = [[r.length for r in p.runs] for p in convoy.plans]
-    for leg in convoy.legs:
-        live = [sum(n > leg.start for n in each) for each in lengths]
-        assert all(size >= n for size, n in zip(leg.sizes, live, strict=True))  # no run is left before its end
-    assert [leg.sizes for leg in Convoy(tuple(planned())).legs] == [(4, 4, 4)]  # where a program costs more than that, all stay to the end
+    assert [(leg.start, leg.stop, leg.sizes) for leg in Convoy(tuple(planned(EAGER))).legs] == [(0, 12, (1, 4, 4)), (12, 24, (1, 0, 0))]
+    assert [leg.sizes for leg in Convoy(tuple(planned())).legs] == [(1, 4, 4)]  # where a program costs more than that, all stay to the end
+    assert [p.steps for p in planned(EAGER)] == [24, 12, 12]
 
 
 def test_who_trains_together():
@@ -225,6 +220,28 @@ def test_shares_keep_together_what_trains_together():
     shares = divide(many, 3)
     assert sorted(r.id for s in shares for r in s) == sorted(r.id for r in many)
     assert [len({r.batch for r in s}) for s in shares] == [1, 1, 1]
+
+
+def test_where_others_must_go_back_further_than_those_that_ended_they_go_on_to_the_same_bits(together, tmp_path, monkeypatch):
+    real = study.train_convoy
+
+    def until_13(*args):
+        for event in real(*args):
+            if getattr(event, "step", 0) > 12:
+                raise Stop
+            yield event
+
+    monkeypatch.setattr(study, "CHECKPOINT_SHARE", 1e9)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(study, "train_convoy", until_13)
+        stored(tmp_path / "s", patch)
+    ended = [c for c in Store(tmp_path / "s").cohorts() if c.status()["finished"]]
+    left = [c for c in Store(tmp_path / "s").cohorts() if not c.status()["finished"]]
+    assert len(ended) == 2 and [c.first().task.kind for c in left] == ["addition"]
+    (left[0].path / "state-0000000012.safetensors").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="the checkpoint before it is used"):
+        store = stored(tmp_path / "s", monkeypatch)
+    assert files(store) == files(together)
 
 
 def test_a_cohort_without_its_convoy_goes_on_alone(together, tmp_path, monkeypatch):

@@ -87,7 +87,8 @@ def train_convoy(
 ) -> Iterator[Event]:
     """Train cohorts together from `step` (with the states of that step, by cohort, or untrained) to their end, with programs from `ahead`.
 
-    Untrained runs start from initial weights, or from what `inherit` makes of them. A cohort without states was left before.
+    Untrained runs start from initial weights, or from what `inherit` makes of them. A cohort that has no states ended before the others
+    went back: it trains anew beside them, since their bits depend on how many train, and nobody keeps it.
     """
     parts = states
     for leg in convoy.legs:
@@ -102,7 +103,8 @@ def train_convoy(
             joint = programs.start()
             joint = programs.begin(inherit(np.asarray(joint.params))) if inherit else joint
         else:
-            joint = programs.join([parts[i] for i in members])
+            fresh = {} if parts.keys() >= set(members) else dict(zip(members, programs.split(programs.start()), strict=True))
+            joint = programs.join([parts[i] if i in parts else fresh[i] for i in members])
         joint = yield from _Leg(convoy, leg, programs).train(step, joint)
         step = leg.stop
         if step < convoy.steps:
