@@ -10,7 +10,8 @@
 Ten algorithmic languages, each trained at 7 widths, 2 depths, 4 learning rates and 2 batch sizes for budgets of 1e9,
 1e10, ... training FLOPs (6,664 configurations of 1 to 100,000 steps; multiplication has a decade more), one pass over
 fresh data, AdamW with warm-up and cosine. Every configuration is a run of its own; budgets, learning rates and
-seeds of one architecture train in one cohort, so that the grid is 280 programs. Three seeds up to 1e13 FLOPs, one beyond.
+seeds of one architecture and task train in one cohort, 280 in all, of which a GPU takes several tasks in one program (about 50 to
+1e14 FLOPs). Three seeds up to 1e13 FLOPs, one beyond.
 `scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss.
 
 Weights of the grid are not kept: a state of its largest model has 600 MB, and would take longer to write than most runs take to
