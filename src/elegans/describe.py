@@ -173,10 +173,10 @@ def plan_rows(work: Work) -> pa.Table:
 def _seconds(plans: list[CohortPlan], steps: list[int], platform: str) -> list[float]:
     """Rough seconds of each cohort, those that train together in equal parts."""
     took = [0.0] * len(plans)
-    for members in gather(plans):
-        convoy = Convoy(tuple(plans[i] for i in members))
+    for members in gather([plan.convoy for plan in plans]):
+        spent = Convoy(tuple(plans[i] for i in members)).seconds(rates_of(platform), min(steps[i] for i in members))
         for i in members:
-            took[i] = convoy.seconds(rates_of(platform), min(steps[j] for j in members)) / len(members)
+            took[i] = spent / len(members)
     return took
 
 

@@ -53,6 +53,10 @@ class Cohort:
         """The first run as the engine sees it: its shapes are every run's."""
         return resolve(specs.from_dict(Run, self.lines()[0]["spec"]))
 
+    def convoy(self) -> tuple[str, ...]:
+        """The first runs of the cohorts that train in one program with this one, as planned; none: it trains by itself."""
+        return tuple(read_json(self.path / "plan.json").get("convoy", ()))
+
     def plan(self) -> CohortPlan:
         """The stored plan."""
         runs = {line["run"]: run for line, run in zip(self.lines(), self.specs(), strict=True)}
@@ -192,26 +196,20 @@ def resumed(cohorts: Sequence[Cohort], convoy: Convoy, device: jax.Device) -> tu
     Raises `StoreError` where one that had begun has none left.
     """
     left = [i for i, cohort in enumerate(cohorts) if not cohort.status()["finished"]]
-    upto: int | None = None
-    while True:
-        found = {i: cohorts[i].newest_state(upto) for i in left}
-        for i in left if upto is None else ():
-            if found[i] is None and cohorts[i].status()["step"]:
-                raise StoreError(f"{cohorts[i].path}: every checkpoint is gone or damaged; start these runs afresh with --again")
-        steps = {state[0] if state else 0 for state in found.values()}
-        upto = min(steps)
-        if len(steps) == 1:
-            break
-    if not upto:
-        return 0, None
+    found = {i: cohorts[i].newest_state() for i in left}
+    for i in left:
+        if found[i] is None and cohorts[i].status()["step"]:
+            raise StoreError(f"{cohorts[i].path}: every checkpoint is gone or damaged; start these runs afresh with --again")
+    while len(steps := {state[0] if state else 0 for state in found.values()}) > 1:
+        found |= {i: cohorts[i].newest_state(min(steps)) for i, state in found.items() if state and state[0] > min(steps)}
     states = {}
     for i, state in found.items():
         if state is not None:
             plan = convoy.plans[i]
-            size = next(s.size for s in plan.segments if upto <= s.stop)
+            size = next(s.size for s in plan.segments if state[0] <= s.stop)
             like = Programs(plan.runs[:size], device, plan.devices).states_like
             states[i] = arrays_to_state(cohorts[i].first(), state[1], like)
-    return upto, states
+    return min(steps), states or None
 
 
 def _step(path: Path) -> int:
@@ -230,7 +228,6 @@ class Writer:
     def __init__(self, cohort: Cohort, step: int):
         self.cohort, self.step, self.resumed = cohort, step, step
         self.run, self.lines = cohort.first(), cohort.lines()
-        self.ids = [line["run"] for line in self.lines]
         self.stops = cohort.stops()
         self.rows: dict[str, list[dict[str, np.ndarray]]] = {table: [] for table in TABLES}
         for path in cohort.path.glob(".*.tmp"):
@@ -243,10 +240,10 @@ class Writer:
     def write(self, event: Event, member: int = 0) -> None:
         """Keep of an event what is of this cohort, the so-manieth member of its convoy."""
         if isinstance(event, Rows):
-            own = np.isin(event.columns["run"], self.ids)
+            own = event.members == member
             if own.any():
                 self.rows[event.table].append({name: values[own] for name, values in event.columns.items()})
-        elif isinstance(event, Weights) and event.runs[0] in self.ids:
+        elif isinstance(event, Weights) and event.member == member:
             arrays = weights_to_arrays(self.run, event.vectors)
             write_arrays(self.cohort.path / f"weights-{event.step:010d}.safetensors", arrays, {"runs": json.dumps(event.runs)})
         elif isinstance(event, Checkpoint) and member in event.members:

@@ -230,7 +230,7 @@ def train(
         for planned in work.new:
             opened.add(planned, provenance(work.device, work.memory))
         unfinished = _unfinished(opened, work, minutes)
-        wanted = [(convoy, leg) for cohorts, convoy in unfinished for leg in convoy.legs if leg.stop > _step(cohorts)]
+        wanted = [(convoy, leg) for cohorts, convoy in unfinished for step in [_step(cohorts)] for leg in convoy.legs if leg.stop > step]
         with Ahead(wanted, work.device) as ahead:
             for cohorts, convoy in unfinished:
                 if time.monotonic() < until:
@@ -335,10 +335,10 @@ def _unfinished(store: Store, work: Work, minutes: float | None) -> list[tuple[l
     for cohort in store.cohorts():
         if cohort.status()["finished"]:
             cohort.tidy()
-    held = [(c, c.plan()) for c in _holding(store.path, work.runs)]
-    all_of = [[held[i] for i in members] for members in gather([planned for _, planned in held])]
-    found = [([c for c, _ in pairs], Convoy(tuple(planned for _, planned in pairs))) for pairs in all_of]
-    left = [(cohorts, convoy) for cohorts, convoy in found if not all(c.status()["finished"] for c in cohorts)]
+    held = _holding(store.path, work.runs)
+    together = [[held[i] for i in members] for members in gather([c.convoy() for c in held])]
+    unfinished = [cohorts for cohorts in together if not all(c.status()["finished"] for c in cohorts)]
+    left = [(cohorts, Convoy(tuple(c.plan() for c in cohorts))) for cohorts in unfinished]
     steps, rates = [(convoy, _step(cohorts)) for cohorts, convoy in left], rates_of(work.device.platform)
     return [left[i] for i in in_turn(steps, rates, workers_for(work.device) > 0, minutes)]
 

@@ -168,7 +168,7 @@ def test_who_trains_together():
     assert alike(custom) is alike(finite) is alike(child) is None
     mixed = [*runs(), custom, finite, *el.grid(el.replace(RUN, "batch", 8), {"seed": [0, 1]})]
     plans = form(plan(mixed, MEMORY), GPU, MEMORY)
-    assert [len(g) for g in gather(plans)] == [3, 1, 1, 1]
+    assert [len(g) for g in gather([p.convoy for p in plans])] == [3, 1, 1, 1]
     assert [r.id for p in plans for r in p.runs] == [r.id for p in plan(mixed, MEMORY) for r in p.runs]
     assert len({p.id for p in plans} & {p.id for p in plan(mixed, MEMORY)}) == 3  # a convoy's cohorts are other cohorts: their bits are
 
@@ -185,7 +185,7 @@ def test_convoys_fit_and_take_least_time():
     needed = sum(p.bytes for p in apart)
     for memory in (MEMORY, needed // 2, 1):
         plans = form(apart, GPU, memory)
-        parts = [[plans[i] for i in g] for g in gather(plans)]
+        parts = [[plans[i] for i in g] for g in gather([p.convoy for p in plans])]
         for part in parts:
             longest = max(p.runs[0].task.positions for p in part)
             assert len(part) == 1 or sum(p.bytes * longest / p.runs[0].task.positions for p in part) <= memory

@@ -144,6 +144,8 @@ def evaluate(run: Run, vector: Float[Array, " parameter"], rows: Example) -> Eva
 class Programs:
     """The compiled programs of one structure at one size. Compilation happens on first use of each."""
 
+    _inherits = False  # whether runs start from their parents' weights
+
     def __init__(self, runs: Sequence[Run], device: jax.Device, devices: int | None = None):
         """Programs for runs of one structure on a device; a CPU's cores share them, at most `devices` of them."""
         task, axes = share(runs)
@@ -163,15 +165,12 @@ class Programs:
             "few": jax.jit(taken),
             "chunk": spread.jit(functools.partial(chunk_of, self._step), (0, 0, data, None, None), (0, 2), donate=(1,)),
         }
-        self._reset()
         self._inherits = depth(runs[0]) > 0
 
-    def _reset(self) -> None:
-        """Nothing is compiled or drawn yet."""
-        self._inherits = False
-        self._compiled: dict[str, Any] = {}
-        self._rows: HeldOut | None = None
-        self._drawn: RunData | None = None
+    @functools.cached_property
+    def _compiled(self) -> dict[str, Any]:
+        """Compiled programs by name."""
+        return {}
 
     def _program(self, name: str, *args: Any) -> Any:
         """A compiled program, for arguments of these shapes."""
@@ -258,13 +257,17 @@ class Programs:
         """The first replicas' states, from the host or of a larger cohort, where the programs want them."""
         return self.spread.take(states, np.arange(self.spread.replicas))
 
-    @property
+    @functools.cached_property
     def data(self) -> RunData:
         """What the runs draw from, on the device."""
-        if self._drawn is None:
-            finite = self._program("data", self.runs, self.task)(self.runs, self.task) if self.runs.train_set else None
-            self._drawn = RunData(self.task, finite)
-        return self._drawn
+        return RunData(self.task, self._program("data", self.runs, self.task)(self.runs, self.task) if self.runs.train_set else None)
+
+    @functools.cached_property
+    def _rows(self) -> HeldOut:
+        """The runs' held-out examples, on the device. Raises `Invalid` where a set could not be drawn."""
+        rows = self._program("held_out", self.runs, self.task)(self.runs, self.task)
+        check_scored(rows)
+        return rows
 
     def compile(self) -> Any:
         """The training program. Raises `Invalid` where custom code branches on a leaf."""
@@ -291,9 +294,6 @@ class Programs:
 
     def evaluate(self, params: Any, part: str, slots: Int[np.ndarray, " slot"]) -> Evaluation:
         """Scores of some replicas, each on its own held-out examples of a part. Raises `Invalid` where a set could not be drawn."""
-        if self._rows is None:
-            self._rows = self._program("held_out", self.runs, self.task)(self.runs, self.task)
-            check_scored(self._rows)
         size, made = self.few.replicas, []
         for first in range(0, len(slots), size):
             here = slots[first : first + size]

@@ -69,12 +69,9 @@ class Convoy:
         return seconds([plan.runs[0] for plan in self.plans], self.legs, rates, since)
 
 
-def gather(plans: Sequence[CohortPlan]) -> list[list[int]]:
-    """Which plans train together, as they say, in the order of the first of each; by place in the sequence."""
-    found: dict[Hashable, list[int]] = {}
-    for i, plan in enumerate(plans):
-        found.setdefault(plan.convoy or i, []).append(i)
-    return list(found.values())
+def gather(convoys: Sequence[tuple[str, ...]]) -> list[list[int]]:
+    """Which of some cohorts train together, of the convoy that each says, in the order of the first of each; by place in the sequence."""
+    return _by(lambda i: convoys[i] or None, range(len(convoys)))
 
 
 # ---- who may train together, and who does
@@ -96,35 +93,41 @@ def alike(run: Run) -> Hashable:
 def form(plans: Sequence[CohortPlan], rates: Rates, memory: int) -> list[CohortPlan]:
     """Plans, in their order, with the segments of the convoys that take least time, within `memory` bytes each."""
     # two cohorts of one structure gain nothing from each other: the first go with other tasks' first
-    ranks = {run.id: rank for members in group([plan.runs[0] for plan in plans]) for rank, run in enumerate(members)}
-    kinds: dict[Hashable, list[CohortPlan]] = {}
-    for i, plan in enumerate(plans):
-        key = alike(plan.runs[0])
-        kinds.setdefault(i if key is None else (key, ranks[plan.runs[0].id]), []).append(plan)
-    made = [_together(part, rates) for members in kinds.values() for part in _parts(members, rates, memory)]
     place = {plan.runs[0].id: i for i, plan in enumerate(plans)}
-    return sorted((plan for part in made for plan in part), key=lambda plan: place[plan.runs[0].id])
+    ranks = {run.id: rank for members in group([plan.runs[0] for plan in plans]) for rank, run in enumerate(members)}
+
+    def kind(plan: CohortPlan) -> Hashable:
+        key = alike(plan.runs[0])
+        return key and (key, ranks[plan.runs[0].id])
+
+    def fits(part: list[Sequence[Run]]) -> bool:
+        longest = part[-1][0].task.positions
+        return sum(plans[place[runs[0].id]].bytes * longest / runs[0].task.positions for runs in part) <= memory
+
+    made = list(plans)
+    for members in _by(kind, plans):
+        for part in _parts([plan.runs for plan in members], rates, fits):
+            where = [place[runs[0].id] for runs in part]
+            for i, plan in zip(where, _together([plans[i] for i in where], rates), strict=True):
+                made[i] = plan
+    return made
 
 
-def _lengths(plan: CohortPlan) -> list[int]:
-    return [run.length for run in plan.runs]
+def _legs(groups: Sequence[Sequence[Run]], rates: Rates) -> list[Leg]:
+    return shrink([[run.length for run in runs] for runs in groups], [runs[0] for runs in groups], rates)
 
 
-def _legs(plans: Sequence[CohortPlan], rates: Rates) -> list[Leg]:
-    return shrink([_lengths(plan) for plan in plans], [plan.runs[0] for plan in plans], rates)
+def _spent(groups: Sequence[Sequence[Run]], rates: Rates) -> float:
+    """Rough seconds of groups of runs, each of one structure and the longest first, in one program."""
+    return seconds([runs[0] for runs in groups], _legs(groups, rates), rates)
 
 
-def _parts(plans: list[CohortPlan], rates: Rates, memory: int) -> list[list[CohortPlan]]:
-    """The division of alike cohorts, by length of row, that takes least time: every part costs a program and its padding."""
-    ordered = sorted(plans, key=lambda plan: plan.runs[0].task.positions)
-
-    def cost(part: list[CohortPlan]) -> float:
-        longest = part[-1].runs[0].task.positions
-        if len(part) > 1 and sum(plan.bytes * longest / plan.runs[0].task.positions for plan in part) > memory:
-            return float("inf")
-        return seconds([plan.runs[0] for plan in part], _legs(part, rates), rates)
-
-    return _divided(ordered, cost)
+def _parts(
+    groups: Sequence[Sequence[Run]], rates: Rates, fits: Callable[[list[Sequence[Run]]], bool] = lambda _: True
+) -> list[list[Sequence[Run]]]:
+    """The division of alike groups, by length of row, that takes least time: every part costs a program and its padding."""
+    ordered = sorted(groups, key=lambda runs: runs[0].task.positions)
+    return _divided(ordered, lambda part: _spent(part, rates) if len(part) == 1 or fits(part) else float("inf"))
 
 
 def _divided(ordered: list[Any], cost: Callable[[list[Any]], float]) -> list[list[Any]]:
@@ -141,7 +144,7 @@ def _together(plans: list[CohortPlan], rates: Rates) -> list[CohortPlan]:
     """Plans of cohorts that train together."""
     if len(plans) == 1:
         return plans
-    legs = _legs(plans, rates)
+    legs = _legs([plan.runs for plan in plans], rates)
     convoy = tuple(plan.runs[0].id for plan in plans)
     every = max(plan.checkpoint_every for plan in plans)
     made = []
@@ -185,14 +188,8 @@ def divide(runs: Sequence[Run], parts: int) -> list[list[Run]]:
 def _time(runs: Sequence[Run]) -> float:
     """Rough seconds of runs on a GPU without end of memory, those together that are alike."""
     rates = rates_of("gpu")
-
-    def cost(part: list[list[Run]]) -> float:
-        firsts = [members[0] for members in part]
-        return seconds(firsts, shrink([sorted((r.length for r in members), reverse=True) for members in part], firsts, rates), rates)
-
-    kinds = _by(lambda members: alike(members[0]), group(runs))
-    ordered = (sorted(kind, key=lambda members: members[0].task.positions) for kind in kinds)
-    return sum(cost(part) for kind in ordered for part in _divided(kind, cost))
+    groups = [sorted(members, key=lambda run: -run.length) for members in group(runs)]
+    return sum(_spent(part, rates) for kind in _by(lambda members: alike(members[0]), groups) for part in _parts(kind, rates))
 
 
 def _by(key: Callable[[Any], Hashable], items: Iterable[Any]) -> list[list[Any]]:

@@ -79,7 +79,6 @@ class Joint(Programs):
             "few": jax.jit(taken),
             "chunk": jax.jit(functools.partial(chunk_of, self._step), donate_argnums=(1,)),
         }
-        self._reset()
 
     # ---- what the program does
 

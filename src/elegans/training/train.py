@@ -25,15 +25,17 @@ class Rows:
 
     table: str
     columns: dict[str, np.ndarray]
+    members: np.ndarray  # of which of the convoy's cohorts each row is
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Parameters of some runs after `step` updates."""
+    """Parameters of some runs of a cohort after `step` updates."""
 
     step: int
     runs: list[str]
     vectors: np.ndarray  # [replica, parameter]
+    member: int  # which of the convoy's cohorts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,6 @@ def train_convoy(
     Untrained runs start from initial weights, or from what `inherit` makes of them. A cohort that has no states ended before the others
     went back: it trains anew beside them, since their bits depend on how many train, and nobody keeps it.
     """
-    parts = states
     for leg in convoy.legs:
         if leg.stop <= step:
             continue
@@ -99,16 +100,16 @@ def train_convoy(
         ready = ahead.take(convoy, leg)
         programs, members = ready.programs, convoy.members(leg)
         yield Compiled(step, sum(leg.sizes), time.perf_counter() - began, ready.seconds, ready.fresh)
-        if parts is None:
+        if states is None:
             joint = programs.start()
             joint = programs.begin(inherit(np.asarray(joint.params))) if inherit else joint
         else:
-            fresh = {} if parts.keys() >= set(members) else dict(zip(members, programs.split(programs.start()), strict=True))
-            joint = programs.join([parts[i] if i in parts else fresh[i] for i in members])
+            fresh = {} if states.keys() >= set(members) else dict(zip(members, programs.split(programs.start()), strict=True))
+            joint = programs.join([states[i] if i in states else fresh[i] for i in members])
         joint = yield from _Leg(convoy, leg, programs).train(step, joint)
         step = leg.stop
         if step < convoy.steps:
-            parts = dict(zip(members, programs.split(joint), strict=True))
+            states = dict(zip(members, programs.split(joint), strict=True))
 
 
 class _Schedule:
@@ -132,6 +133,7 @@ class _Leg:
         self.leg, self.programs, self.members = leg, programs, convoy.members(leg)
         self.runs = [run for members in convoy.groups(leg) for run in members]
         self.ids = np.array([run.id for run in self.runs])
+        self.homes = np.repeat(self.members, [leg.sizes[i] for i in self.members])
         self.lengths = np.array([run.length for run in self.runs])
         self.checkpoint_every = convoy.plans[0].checkpoint_every
         self.flops = sum(leg.sizes[i] * flops_per_step(convoy.plans[i].runs[0]) for i in self.members)
@@ -173,7 +175,7 @@ class _Leg:
         at, run = np.nonzero(self.train_marks.due(steps) & (steps[:, None] < self.lengths) & ~np.isnan(metrics["loss"]))
         if len(at):
             columns = {name: values[at, run] for name, values in metrics.items()}
-            yield Rows("metrics", {"run": self.ids[run], "step": steps[at], "split": np.full(len(at), "train"), **columns})
+            yield Rows("metrics", {"run": self.ids[run], "step": steps[at], "split": np.full(len(at), "train"), **columns}, self.homes[run])
 
     # ---- boundaries
 
@@ -188,7 +190,7 @@ class _Leg:
         kept = np.nonzero(self.weight_marks.due(np.array([step]))[0] & sound)[0] if self.weight_marks else np.empty(0, int)
         if len(kept):
             for slots, vectors in self.programs.vectors(states.params, kept):
-                yield Weights(step, self.ids[slots].tolist(), vectors)
+                yield Weights(step, self.ids[slots].tolist(), vectors, int(self.homes[slots[0]]))
         last = step == self.leg.stop
         if last or (step > 0 and step % self.checkpoint_every == 0):
             yield Checkpoint(step, self.members, functools.cache(lambda: self.programs.split(states)))
@@ -196,10 +198,12 @@ class _Leg:
     def _evaluation(self, step: int, states: State, part: str, slots: np.ndarray) -> Iterator[Rows]:
         scores = self.programs.evaluate(states.params, part, slots)
         where = {"run": self.ids[slots], "step": np.full(len(slots), step), "split": np.full(len(slots), part)}
-        yield Rows("metrics", {**where, **{n: np.asarray(getattr(scores, n)) for n in ("loss", "accuracy", "exact_match")}})
+        yield Rows(
+            "metrics", {**where, **{n: np.asarray(getattr(scores, n)) for n in ("loss", "accuracy", "exact_match")}}, self.homes[slots]
+        )
         if not self.record.by_position:
             return
         loss = np.asarray(scores.position_loss)
         slot, place = np.nonzero(~np.isnan(loss))
         columns = {name: values[slot] for name, values in where.items()}
-        yield Rows("positions", {**columns, "position": place + 1, "loss": loss[slot, place]})
+        yield Rows("positions", {**columns, "position": place + 1, "loss": loss[slot, place]}, self.homes[slots][slot])
