@@ -9,9 +9,9 @@ import pytest
 
 import elegans as el
 from elegans import Attention, LayerNorm, Learned, RMSNorm, Rotary, Transformer
-from elegans.models import fused, fused_attention, fused_attention_block
+from elegans.models import fused, fused_attention, fused_attention_block, fused_projections
 from elegans.models.base import Context, Sizes
-from elegans.models.fused_mlp import Formula
+from elegans.models.fused_tokens import Formula
 from kernels import BF16, close, kernels_in, kernels_lowered, with_and_without
 
 CASES = {  # norm, scale, positions, heads, d_model, d_head, bias, length
@@ -110,13 +110,14 @@ def served(monkeypatch):
     monkeypatch.setattr(fused, "serves", lambda dtype, edit: dtype == "bfloat16")
     monkeypatch.setattr(fused_attention, "LEAST_ROW", 9)
     monkeypatch.setattr(fused_attention, "attention", functools.partial(attention, interpret=True))
+    monkeypatch.setattr(fused_projections, "block", functools.partial(fused_projections.block, interpret=True))
     monkeypatch.setattr(fused_attention_block, "block", block)
     return asked
 
 
 def test_a_model_gives_the_same_through_the_kernel(served, monkeypatch):
     """The trace still has what the kernel skips."""
-    model = Transformer(layers=1, d_model=20, heads=2, attention=Attention(scale=0.7), mlp=None, bias=True, dtype="bfloat16")
+    model = Transformer(layers=1, d_model=40, heads=2, attention=Attention(scale=0.7), mlp=None, bias=True, dtype="bfloat16")
     params = model.init(jax.random.key(0), 5, 9)
     (through, traced), (logits, trace) = with_and_without(model, params, monkeypatch)
     assert served == [Formula(False, 1e-5, "")]
@@ -140,14 +141,14 @@ class Louder(Attention):
         {"norm": None},
         {"skip": "normed"},
         {"d_model": 80},
-        {"d_model": 16},
+        {"d_model": 32},
         {"heads": 1, "d_head": 34},
         {"dropout": 0.1},
     ],
     ids=str,
 )
 def test_what_the_kernel_does_not_know_takes_another_way(change, served):
-    known = {"layers": 1, "d_model": 20, "heads": 2, "mlp": None, "dtype": "bfloat16"}
+    known = {"layers": 1, "d_model": 40, "heads": 2, "mlp": None, "dtype": "bfloat16"}
     for fields in (known | change, known):
         model = Transformer(**fields)
         assert not served

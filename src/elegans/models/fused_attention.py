@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from elegans.models.positions import Positions
 
 LEAST_ROW = 16  # positions from which the kernel is known to gain: shorter rows fill less than half of its least tile
 LEAST_TILE = 16  # the least inner dimension of a product
+TABLES = "cos", "sin", "swap"
 WIDEST = 128  # d_head above which a program's registers do not hold its block
 
 
@@ -40,9 +42,9 @@ class Blocks:
     stages: int = 2  # loads under way ahead of the products
 
 
-# by columns of a tile, then the longest row. None spills registers, but for 8 bytes of four heads of 4 in long rows; others were not timed
-NARROW = {32: Blocks(rows=32, warps=2), 64: Blocks(rows=64, warps=4), math.inf: Blocks(rows=32, warps=2)}
-BLOCKS = {16: NARROW, 32: NARROW, 64: {math.inf: Blocks(rows=32, warps=8)}, 128: {math.inf: Blocks(rows=16, warps=8)}}
+# by the width of a head, the quickest on an H100 of those tried (docs/speed.md): where a program is one warp nothing waits for another
+BLOCKS = {8: Blocks(16, 1), 16: Blocks(32, 1), 32: Blocks(32, 2), 64: Blocks(64, 4, stages=1), 128: Blocks(64, 4, stages=1)}
+LARGEST = max(blocks.rows for blocks in BLOCKS.values())
 
 
 # ---- sizes
@@ -78,19 +80,32 @@ class Plan:
 
     @property
     def blocks(self) -> Blocks:
-        return next(blocks for longest, blocks in BLOCKS[self.tile].items() if self.length <= longest)
+        return next(blocks for widest, blocks in BLOCKS.items() if self.d_head <= widest)
 
     @property
     def count(self) -> int:
         """Blocks of positions."""
         return -(-self.length // self.blocks.rows)
 
+    def like(self, parts: int) -> jax.ShapeDtypeStruct:
+        """Of a row of so many parts as wide as the queries."""
+        return jax.ShapeDtypeStruct((self.length, parts * self.all_columns), jnp.bfloat16)
+
+    @property
+    def like_numbers(self) -> jax.ShapeDtypeStruct:
+        """Of a number for each head, in whole tiles, and position."""
+        return jax.ShapeDtypeStruct((self.tiles * self.together, self.length), jnp.float32)
+
+    def factor(self, scale: float | Array) -> Array:
+        """What makes queries such that their products with keys are exponents of 2."""
+        return jnp.asarray(scale, jnp.float32).reshape(1) * (self.d_head**-0.5 * math.log2(math.e))
+
     def tables(self, angles: np.ndarray | None) -> tuple[Array, ...]:
-        """What turns the columns of a tile, if anything does: cosines and sines at the positions of whole blocks, and (a, b) -> (-b, a)."""
+        """What turns the columns of a tile, if anything does: cosines and sines at the positions, and (a, b) -> (-b, a)."""
         if angles is None:
             return ()
         turns = np.tile(angles, 2 * self.together)
-        turns = np.pad(turns, ((0, self.count * self.blocks.rows - self.length), (0, self.tile - turns.shape[1])))
+        turns = np.pad(turns, ((0, -self.length % LARGEST), (0, self.tile - turns.shape[1])))
         swap = np.kron(np.eye(self.together), np.kron([[0, 1], [-1, 0]], np.eye(self.d_head // 2)))
         swap = np.pad(swap, (0, self.tile - len(swap)))
         return jnp.asarray(np.cos(turns), jnp.float32), jnp.asarray(np.sin(turns), jnp.float32), jnp.asarray(swap, jnp.bfloat16)
@@ -106,15 +121,6 @@ class Program:
     plan: Plan
     row: dict[str, Any]  # references
     index: Array | int  # of the tile
-
-    @property
-    def factor(self) -> Array:
-        """What makes scores of products."""
-        return self.row["scale"][0] * self.plan.d_head**-0.5
-
-    def exponents(self, q: Array, k: Array) -> Array:
-        """Scores as exponents of 2."""
-        return dot(q, k, trans_b=True) * (self.factor * math.log2(math.e))
 
     def positions(self, block: Array | int) -> Any:
         from jax.experimental import pallas as pl
@@ -146,9 +152,24 @@ class Program:
         at, there = self.place(block, part)
         plgpu.store(ref.at[at], x.astype(ref.dtype), mask=there)
 
-    def sums(self, block: Array, h: int) -> Any:
-        """Where a head's sums of weights are."""
-        return self.index * self.plan.together + h, self.positions(block)
+    def spot(self, block: Array, h: int) -> tuple[Any, Array | None]:
+        """Where what a head has one of for each position of a block is; and which of it there is, if not all."""
+        rows = self.plan.blocks.rows
+        there = block * rows + jnp.arange(rows) < self.plan.length if self.plan.length % rows else None
+        return (self.index * self.plan.together + h, self.positions(block)), there
+
+    def numbers(self, name: str, block: Array, h: int) -> Array:
+        """A head's numbers of a block."""
+        from jax.experimental.pallas import triton as plgpu
+
+        at, there = self.spot(block, h)
+        return plgpu.load(self.row[name].at[at], mask=there, other=None if there is None else 0.0)
+
+    def note(self, ref: Any, block: Array, h: int, x: Array) -> None:
+        from jax.experimental.pallas import triton as plgpu
+
+        at, there = self.spot(block, h)
+        plgpu.store(ref.at[at], x, mask=there)
 
     def of_head(self, h: int, x: Array) -> Array:
         """Zero in the columns of the tile's other heads."""
@@ -156,6 +177,14 @@ class Program:
             return x
         columns, width = jnp.arange(self.plan.tile), self.plan.d_head
         return jnp.where(((columns >= h * width) & (columns < (h + 1) * width))[None, :], x, jnp.zeros_like(x))
+
+    def heads(self, x: Array) -> list[Array]:
+        """A block once for each head of the tile, zero in the columns of the others."""
+        return [self.of_head(h, x) for h in range(self.plan.together)]
+
+    def joined(self, parts: Sequence[Array]) -> Array:
+        """Each head's columns out of its own part."""
+        return functools.reduce(jnp.add, [self.of_head(h, x) for h, x in enumerate(parts)])
 
     def turn(self, block: Array | int, x: Array, back: bool = False) -> Array:
         """Every head (a, b) of a block as (a cos - b sin, a sin + b cos), or `back`; as it is without rotary positions."""
@@ -165,24 +194,6 @@ class Program:
         cos, sin = cos[self.positions(block), :], sin[self.positions(block), :]
         turned = dot(x.astype(jnp.bfloat16), swap[...]) * sin  # (-b, a) sin
         return x * cos - turned if back else x * cos + turned
-
-    def queries(self, block: Array) -> list[Array]:
-        """Each head's queries."""
-        q = self.turn(block, self.read("qkv", block)).astype(jnp.bfloat16)
-        return [self.of_head(h, q) for h in range(self.plan.together)]
-
-    def keys(self, block: Array) -> tuple[Array, Array]:
-        """Keys and values of all heads of the tile."""
-        return self.turn(block, self.read("qkv", block, 1)).astype(jnp.bfloat16), self.read("qkv", block, 2)
-
-    def askers(self, block: Array) -> list[tuple[Array, ...]]:
-        """Of each head: queries, gradients of what they mixed, the logarithm of their sum of weights, and their pattern's mean gradient."""
-        dz = self.read("dz", block)
-        shares = dz.astype(jnp.float32) * self.read("z", block).astype(jnp.float32)
-        return [
-            (q, self.of_head(h, dz), self.row["sums"][self.sums(block, h)], self.of_head(h, shares).sum(1))
-            for h, q in enumerate(self.queries(block))
-        ]
 
 
 def diagonal(plan: Plan) -> Array:
@@ -207,78 +218,92 @@ def _forward_kernel(plan: Plan, row: Any, out: Any) -> None:
     from jax.experimental import pallas as pl
 
     program, block = Program(plan, row, pl.program_id(0)), pl.program_id(1)
-    q, (k, v), causal = program.queries(block), program.keys(block), diagonal(plan)
+    q, k, v = program.heads(program.read("qkv", block)), program.read("qkv", block, 1), program.read("qkv", block, 2)
     none = jnp.full(plan.blocks.rows, -jnp.inf), jnp.zeros(plan.blocks.rows), jnp.zeros((plan.blocks.rows, plan.tile))
     # its own block first: every query has a key there, so that its greatest exponent is finite
-    seen = [_see(jnp.where(causal, program.exponents(a, k), -jnp.inf), v, none) for a in q]
+    seen = [_see(jnp.where(diagonal(plan), dot(a, k, trans_b=True), -jnp.inf), v, none) for a in q]
 
     def earlier(j: Array, seen: Any) -> Any:
-        k, v = program.keys(j)
-        return [_see(program.exponents(a, k), v, s) for a, s in zip(q, seen, strict=True)]
+        k, v = program.read("qkv", j, 1), program.read("qkv", j, 2)
+        return [_see(dot(a, k, trans_b=True), v, s) for a, s in zip(q, seen, strict=True)]
 
     seen = jax.lax.fori_loop(0, block, earlier, seen) if plan.count > 1 else seen
-    parts = [program.of_head(h, mixed * (1 / total)[:, None]) for h, (_, total, mixed) in enumerate(seen)]
-    program.write(out["z"], block, functools.reduce(jnp.add, parts))
+    program.write(out["z"], block, program.joined([mixed * (1 / total)[:, None] for _, total, mixed in seen]))
     for h, (top, total, _) in enumerate(seen):
-        out["sums"][program.sums(block, h)] = top + jnp.log2(total)
+        program.note(out["sums"], block, h, top + jnp.log2(total))
 
 
-# ---- backward
+# ---- backward: a kernel of queries, and one of keys, in which every block of scores lies on its side, so that no product turns one
 
 
-def _meet(program: Program, asker: tuple[Array, ...], keys: tuple[Array, Array], causal: Array | None = None) -> tuple[Array, Array]:
-    """Some queries' pattern on some keys, and the gradient of its scores."""
-    (q, dz, sums, mean), (k, v) = asker, keys
-    pattern = jnp.exp2(program.exponents(q, k) - sums[:, None])
+def _to_queries(asker: tuple[Array, ...], k: Array, v: Array, dq: Array, causal: Array | None = None) -> Array:
+    """The gradient of a head's queries, with what some keys add to it."""
+    q, dz, sums, mean = asker
+    pattern = jnp.exp2(dot(q, k, trans_b=True) - sums[:, None])
     pattern = pattern if causal is None else jnp.where(causal, pattern, 0.0)
     ds = pattern * (dot(dz, v, trans_b=True) - mean[:, None])
-    return pattern.astype(jnp.bfloat16), ds.astype(jnp.bfloat16)
+    return dq + dot(ds.astype(jnp.bfloat16), k)
 
 
-def _to_keys(asker: tuple[Array, ...], pattern: Array, ds: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The gradients of keys and values, with what these queries add to them."""
-    q, dz, *_ = asker
-    return sums[0] + dot(ds, q, trans_a=True), sums[1] + dot(pattern, dz, trans_a=True)
-
-
-def _backward_kernel(plan: Plan, row: Any, out: Any) -> None:
-    """The gradients of queries, keys and values of a block and the heads of a tile."""
+def _queries_kernel(plan: Plan, row: Any, out: Any) -> None:
+    """The gradient of a block of queries and the heads of a tile, and the mean gradient of each query's pattern."""
     from jax.experimental import pallas as pl
 
     program, block = Program(plan, row, pl.program_id(0)), pl.program_id(1)
-    askers, keys, causal = program.askers(block), program.keys(block), diagonal(plan)
-    dq = jnp.zeros((plan.blocks.rows, plan.tile))
-    sums = dq, dq
-    for h, asker in enumerate(askers):
-        pattern, ds = _meet(program, asker, keys, causal)
-        dq = dq + dot(ds, program.of_head(h, keys[0]))
-        sums = _to_keys(asker, pattern, ds, sums)
+    dz = program.read("dz", block)
+    shares = dz.astype(jnp.float32) * program.read("z", block).astype(jnp.float32)
+    askers = [
+        (q, dzh, program.numbers("sums", block, h), share.sum(1))
+        for h, (q, dzh, share) in enumerate(zip(*map(program.heads, (program.read("qkv", block), dz, shares)), strict=True))
+    ]
+    for h, (*_, mean) in enumerate(askers):
+        program.note(out["means"], block, h, mean)
+    k, v = program.read("qkv", block, 1), program.read("qkv", block, 2)
+    dq = [_to_queries(asker, k, v, jnp.zeros((plan.blocks.rows, plan.tile)), diagonal(plan)) for asker in askers]
 
-    def earlier(j: Array, dq: Array) -> Array:
-        keys = program.keys(j)
-        for h, asker in enumerate(askers):
-            dq = dq + dot(_meet(program, asker, keys)[1], program.of_head(h, keys[0]))
-        return dq
+    def earlier(j: Array, dq: list[Array]) -> list[Array]:
+        k, v = program.read("qkv", j, 1), program.read("qkv", j, 2)
+        return [_to_queries(asker, k, v, d) for asker, d in zip(askers, dq, strict=True)]
 
-    def later(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        for asker in program.askers(i):
-            sums = _to_keys(asker, *_meet(program, asker, keys), sums)
-        return sums
+    dq = jax.lax.fori_loop(0, block, earlier, dq) if plan.count > 1 else dq
+    program.write(out["dqkv"], block, program.turn(block, program.joined(dq) * (row["factor"][0] * math.log(2)), back=True))
 
-    if plan.count > 1:
-        dq, sums = jax.lax.fori_loop(0, block, earlier, dq), jax.lax.fori_loop(block + 1, plan.count, later, sums)
-    dq, dk, dv = dq * program.factor, sums[0] * program.factor, sums[1]
-    for part, x in enumerate((program.turn(block, dq, back=True), program.turn(block, dk, back=True), dv)):
-        program.write(out["dqkv"], block, x, part)
+
+def _keys_kernel(plan: Plan, row: Any, out: Any) -> None:
+    """The gradients of a block of keys and values and the heads of a tile."""
+    from jax.experimental import pallas as pl
+
+    program, block = Program(plan, row, pl.program_id(0)), pl.program_id(1)
+    keys = [program.heads(program.read("qkv", block, part)) for part in (1, 2)]
+
+    def add(i: Array, sums: Any, causal: Array | None = None) -> Any:
+        """The sums with what a block of queries adds to them; scores are [key, query]."""
+        q, dz, made = program.read("qkv", i), program.read("dz", i), []
+        for h, (k, v, dk, dv) in enumerate(zip(*keys, *sums, strict=True)):
+            sums_of, means = program.numbers("sums", i, h), program.numbers("means", i, h)
+            pattern = jnp.exp2(dot(k, q, trans_b=True) - sums_of[None, :])
+            pattern = pattern if causal is None else jnp.where(causal, pattern, 0.0)
+            ds = pattern * (dot(v, dz, trans_b=True) - means[None, :])
+            made.append((dk + dot(ds.astype(jnp.bfloat16), q), dv + dot(pattern.astype(jnp.bfloat16), dz)))
+        return tuple(map(list, zip(*made, strict=True)))
+
+    zeros = [jnp.zeros((plan.blocks.rows, plan.tile)) for _ in range(plan.together)]
+    sums = add(block, (zeros, zeros), diagonal(plan).T)
+    dk, dv = jax.lax.fori_loop(block + 1, plan.count, add, sums) if plan.count > 1 else sums
+    program.write(out["dqkv"], block, program.turn(block, program.joined(dk) * math.log(2), back=True), 1)
+    program.write(out["dqkv"], block, program.joined(dv), 2)
 
 
 # ---- calling them
 
 
 def _call(plan: Plan, kernel: Any, row: dict[str, Any], out: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """A kernel on a grid of [tile of heads, block of positions]; each program may look at the whole row."""
+    """A kernel on a grid of [tile of heads, block of positions]; each may look at the whole row, and go on with what `row` has of `out`."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
+
+    places = {id(a): i for i, a in enumerate(jax.tree.leaves(row))}
+    goes_on = {places[id(row[name])]: i for i, name in enumerate(sorted(out)) if name in row}
 
     def whole(a: Any) -> Any:
         return pl.BlockSpec(a.shape, lambda *_: (0,) * len(a.shape))
@@ -289,27 +314,50 @@ def _call(plan: Plan, kernel: Any, row: dict[str, Any], out: dict[str, jax.Shape
         in_specs=[jax.tree.map(whole, row)],
         out_specs=jax.tree.map(whole, out),
         out_shape=out,
+        input_output_aliases=goes_on,
         compiler_params=plgpu.CompilerParams(num_warps=plan.blocks.warps, num_stages=plan.blocks.stages),
         interpret=plan.interpret,
     )(row)
 
 
+def _turned(plan: Plan, qkv: Array, factor: Array, tables: tuple[Array, ...]) -> Array:
+    """A row with its queries and keys turned, and queries such that products with keys are exponents of 2."""
+    x = qkv.reshape(plan.length, 3, plan.heads, plan.d_head).astype(jnp.float32)
+    if tables:
+        cos, sin = (a[: plan.length, None, None, : plan.d_head] for a in tables[:2])
+        pairs = x.reshape(*x.shape[:-1], 2, -1)
+        swapped = (jnp.flip(pairs, -2) * jnp.array([[-1.0], [1.0]])).reshape(x.shape)  # (-b, a)
+        kept = jnp.array([False, False, True])[:, None, None]
+        x = jnp.where(kept, x, x * cos + swapped * sin)
+    return (x * jnp.stack([factor[0], *jnp.ones(2)])[:, None, None]).astype(qkv.dtype).reshape(qkv.shape)
+
+
+def forward(plan: Plan, qkv: Array) -> dict[str, Array]:
+    """A row with what its heads mix and the sums of their weights, from turned queries, keys and values."""
+    row = {"qkv": qkv}
+    return row | _call(plan, _forward_kernel, row, {"z": plan.like(1), "sums": plan.like_numbers})
+
+
+def backward(plan: Plan, row: dict[str, Array], shared: dict[str, Any], dz: Array) -> Array:
+    """The gradient of queries | keys | values as they were before anything turned them; `shared` has what did."""
+    row = row | {"dz": dz}
+    made = _call(plan, _queries_kernel, row | shared, {"dqkv": plan.like(3), "means": plan.like_numbers})
+    del row["z"]
+    return _call(plan, _keys_kernel, row | shared | made, {"dqkv": plan.like(3)})["dqkv"]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one(plan: Plan, qkv: Array, scale: Array, tables: tuple[Array, ...]) -> Array:
-    return _one_forward(plan, qkv, scale, tables)[0]
+def _one(plan: Plan, qkv: Array, factor: Array, tables: tuple[Array, ...]) -> Array:
+    return _one_forward(plan, qkv, factor, tables)[0]
 
 
-def _one_forward(plan: Plan, qkv: Array, scale: Array, tables: tuple[Array, ...]) -> tuple[Array, dict[str, Any]]:
-    row = {"qkv": qkv, "scale": scale, "tables": tables}
-    like = {"z": jax.ShapeDtypeStruct((plan.length, plan.all_columns), qkv.dtype)}
-    like["sums"] = jax.ShapeDtypeStruct((plan.tiles * plan.together, plan.count * plan.blocks.rows), jnp.float32)
-    made = _call(plan, _forward_kernel, row, like)
-    return made["z"], row | made
+def _one_forward(plan: Plan, qkv: Array, factor: Array, tables: tuple[Array, ...]) -> tuple[Array, Any]:
+    row = forward(plan, _turned(plan, qkv, factor, tables))
+    return row["z"], (row, {"factor": factor, "tables": tables})
 
 
-def _one_backward(plan: Plan, row: dict[str, Any], dz: Array) -> tuple[Array, None, None]:
-    out = {"dqkv": jax.ShapeDtypeStruct(row["qkv"].shape, row["qkv"].dtype)}
-    return _call(plan, _backward_kernel, row | {"dz": dz}, out)["dqkv"], None, None
+def _one_backward(plan: Plan, kept: Any, dz: Array) -> tuple[Array, None, None]:
+    return backward(plan, *kept, dz), None, None
 
 
 _one.defvjp(_one_forward, _one_backward)
@@ -334,4 +382,4 @@ def attention(
     constant: it has no gradient. `interpret` runs the kernel's meaning without a GPU.
     """
     plan = Plan(qkv.shape[0], heads, qkv.shape[1] // (3 * heads), interpret)
-    return _one(plan, qkv, jnp.asarray(scale, jnp.float32).reshape(1), plan.tables(angles))
+    return _one(plan, qkv, plan.factor(scale), plan.tables(angles))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,12 +21,12 @@ from jaxtyping import Array, Float
 from elegans.models import fused
 from elegans.models.fused import dot
 from elegans.models.fused_attention import Blocks, Plan, Program, diagonal
-from elegans.models.fused_mlp import Formula, norm, through_norm
+from elegans.models.fused_tokens import Formula, norm, through_norm
 
 LONGEST, WIDEST_HEAD = 64, 32  # positions and d_head above which registers do not hold a row
 TABLES = "cos", "sin", "swap"
-NARROWEST, WIDEST = 17, 64  # d_model: attention's kernel alone is quicker at 16, and above 64 registers do not hold a row
-BLOCKS = dict.fromkeys((16, 32, 64), Blocks(rows=64, warps=4))  # by padded d_model; eight warps or one stage take 1.1 to 3 times as long
+NARROWEST, WIDEST = 33, 64  # d_model: narrower models are quicker in `fused_projections.py`, and above 64 registers do not hold a row
+BLOCKS = Blocks(rows=64, warps=4)  # eight warps or one stage take 1.1 to 3 times as long
 
 
 def fits(length: int, d: int, d_head: int) -> bool:
@@ -48,8 +49,7 @@ class _Plan(Plan):
 
     @property
     def blocks(self) -> Blocks:
-        blocks = BLOCKS[self.width]
-        return dataclasses.replace(blocks, rows=min(blocks.rows, max(16, 1 << (self.length - 1).bit_length())))
+        return dataclasses.replace(BLOCKS, rows=min(BLOCKS.rows, max(16, 1 << (self.length - 1).bit_length())))
 
     def named(self, operands: tuple[Array, ...]) -> dict[str, Array]:
         return dict(zip(self.names, operands, strict=True))
@@ -73,6 +73,19 @@ class _Plan(Plan):
 # ---- inside the kernels: `row` and `out` are references by name
 
 
+class _Program(Program):
+    """One program: the arrays of its row by name."""
+
+    @property
+    def factor(self) -> Array:
+        """What makes scores of products."""
+        return self.row["scale"][0] * self.plan.d_head**-0.5
+
+    def exponents(self, q: Array, k: Array) -> Array:
+        """Scores as exponents of 2."""
+        return dot(q, k, trans_b=True) * (self.factor * math.log2(math.e))
+
+
 def _place(plan: _Plan) -> tuple[Any, Array, Array]:
     """Where a row lies in what the program sees, which of its elements there are, and which of its positions."""
     from jax.experimental import pallas as pl
@@ -88,21 +101,21 @@ def _read(plan: _Plan, ref: Any) -> Array:
     return plgpu.load(ref.at[at], mask=there, other=0.0)
 
 
-def _program(plan: _Plan, row: Any) -> Program:
-    return Program(plan, row | {"tables": tuple(row[name] for name in TABLES if name in row)}, 0)
+def _program(plan: _Plan, row: Any) -> _Program:
+    return _Program(plan, row | {"tables": tuple(row[name] for name in TABLES if name in row)}, 0)
 
 
-def _projected(program: Program, normed: Array, i: Array | int) -> tuple[list[Array], Array, Array]:
+def _projected(program: _Program, normed: Array, i: Array | int) -> tuple[list[Array], Array, Array]:
     """Each head's queries of a tile, and keys and values of all of them."""
     made = [dot(normed, program.row["W_in"][part, i]) for part in range(3)]
     if "b_in" in program.row:
         made = [a + program.row["b_in"][part, i][None, :] for part, a in enumerate(made)]
     q, k, v = program.turn(0, made[0]), program.turn(0, made[1]), made[2]
     q, k, v = (a.astype(jnp.bfloat16) for a in (q, k, v))
-    return [program.of_head(h, q) for h in range(program.plan.together)], k, v
+    return program.heads(q), k, v
 
 
-def _pattern(program: Program, q: Array, k: Array) -> Array:
+def _pattern(program: _Program, q: Array, k: Array) -> Array:
     exponents = jnp.where(diagonal(program.plan), program.exponents(q, k), -jnp.inf)
     weights = jnp.exp2(exponents - exponents.max(1)[:, None])
     return weights * (1 / weights.sum(1))[:, None]
@@ -120,8 +133,8 @@ def _forward_kernel(plan: _Plan, row: Any, out: Any) -> None:
 
     def add(i: Array | int, y: Array) -> Array:
         q, k, v = _projected(program, normed, i)
-        parts = [program.of_head(h, dot(_pattern(program, a, k).astype(jnp.bfloat16), v)) for h, a in enumerate(q)]
-        return y + dot(functools.reduce(jnp.add, parts).astype(jnp.bfloat16), row["W_out"][i])
+        z = program.joined([dot(_pattern(program, a, k).astype(jnp.bfloat16), v) for a in q])
+        return y + dot(z.astype(jnp.bfloat16), row["W_out"][i])
 
     y = _over_tiles(plan, add, x.astype(jnp.float32))
     y = y + row["b_out"][...][None, :] if "b_out" in row else y
@@ -129,7 +142,7 @@ def _forward_kernel(plan: _Plan, row: Any, out: Any) -> None:
     plgpu.store(out["x"].at[at], y.astype(x.dtype), mask=there)
 
 
-def _through_tile(program: Program, projected: tuple[list[Array], Array, Array], dz: Array) -> tuple[Array, tuple[Array, ...]]:
+def _through_tile(program: _Program, projected: tuple[list[Array], Array, Array], dz: Array) -> tuple[Array, tuple[Array, ...]]:
     """What the heads of a tile mix, and the gradients of their projections."""
     q, k, v = projected
     z, dq, dk, dv = (jnp.zeros(v.shape) for _ in range(4))

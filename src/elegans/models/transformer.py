@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
-from elegans.models import fused, fused_attention, fused_attention_block, fused_mlp
+from elegans.models import fused, fused_attention, fused_attention_block, fused_mlp, fused_projections
 from elegans.models.base import ONCE, Context, Dtype, FeedForward, Mixer, Model, Norm, Params, Sizes, traced_once
 from elegans.models.positions import Learned, Positions, Rotary
 from elegans.specs import field, spec, structure
@@ -366,13 +366,14 @@ class Transformer(Model):
 
     def _attention_kernel(self, mixer: Mixer, x: Array, context: Context) -> Callable[..., Array] | None:
         """The same for attention: the kernel, of weights and x."""
-        formula, positions, e = self._formula(x, context, fused_attention_block.WIDEST), context.positions, self._d_head
-        knows = type(mixer) is Attention and not self.skip and fused_attention_block.fits(*x.shape, e)
+        formula, positions, e = self._formula(x, context, fused_projections.WIDEST), context.positions, self._d_head
+        kernel = fused_attention_block if fused_attention_block.fits(*x.shape, e) else fused_projections
+        knows = type(mixer) is Attention and not self.skip and (kernel is fused_attention_block or fused_projections.fits(self.d_model, e))
         bias = None if positions is None else positions.bias(x.shape[0], self.heads)
         if not (formula and knows and isinstance(mixer, Attention) and bias is None and fused_attention.knows(positions, x, e)):
             return None
         angles = None if positions is None else positions.angles(x.shape[0], e)
-        return lambda weights, x: fused_attention_block.block(formula, weights, x, mixer.scale, angles)
+        return lambda weights, x: kernel.block(formula, weights, x, mixer.scale, angles)
 
     def probed_sites(self) -> dict[str, tuple[str, ...]]:
         per_layer = {

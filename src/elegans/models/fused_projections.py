@@ -1,0 +1,156 @@
+"""x + attention(norm(x)) for rows of any length in five GPU kernels, written in Pallas for Triton.
+
+Around the kernels of `fused_attention.py` the formula writes normed rows and projections, turns them, and reads all of it again. Here a
+program takes some tokens from the stream to turned queries, keys and values, and backward from the gradients of these to that of
+the stream, and to the weights', which it sums over many tokens. What the heads mix goes out by a plain product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from elegans.models import fused, fused_attention, fused_tokens
+from elegans.models.fused import dot
+from elegans.models.fused_tokens import Blocks, Formula, Tall, norm, padded
+
+# by padded d_model, the quickest of those tried on an H100 (docs/speed.md)
+BLOCKS = {
+    16: Blocks(64, 16, span=512, warps=2, summing_warps=2),
+    32: Blocks(64, 32, span=512, warps=2, summing_warps=2),
+    64: Blocks(64, 64, kept=0),
+    128: Blocks(32, 64, warps=2, summing_warps=2, kept=0),
+}
+WIDEST = max(BLOCKS)  # d_model above which a program's registers do not hold its tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan(fused_tokens.Plan):
+    """Everything static about a call."""
+
+    axes: ClassVar = {"w": "d", "b": "d", "W_in": "df", "b_in": "f"}
+    first: ClassVar = ("W_in",)
+    heads: Any = None  # attention's plan
+
+    def pulled(self, w: Any, at: Any, normed: Array, dy: Array, block: Tall) -> tuple[dict[str, Array], tuple[Array, ...]]:
+        del w, normed, dy
+        return {}, (block.read("dqkv", at),)
+
+
+def fits(d: int, d_head: int) -> bool:
+    """Whether the kernels serve models of this size."""
+    return d <= WIDEST and BLOCKS[padded(d)].tile % d_head == 0
+
+
+def _project_kernel(plan: _Plan, tall: Any, w: Any, out: Any) -> None:
+    """Queries | keys | values of a block of tokens: normed, projected, and turned where there is something that turns."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    first = pl.program_id(1) * plan.blocks.rows
+    block = Tall(plan, tall | out, first, 0, plan.blocks.rows)
+    normed, _, _ = norm(plan, w, block.read("x"))
+    tile, turned = plan.blocks.tile, 2 * plan.f // 3  # columns that are turned
+    place, column = (first + jnp.arange(plan.blocks.rows)) % plan.heads.length, jnp.arange(tile)
+    places = tuple(jnp.broadcast_to(a, (plan.blocks.rows, tile)) for a in (place[:, None], column[None, :]))
+
+    def made(name: str, at: Any) -> Array:
+        y = dot(normed, w["W_" + name][:, at])
+        return y + w["b_" + name][at][None, :] if "b_" + name in w else y
+
+    def straight(i: Array, _: None) -> None:
+        at = pl.ds(i * tile, tile)
+        block.write("qkv", made("in", at), at)
+
+    def aslant(i: Array, _: None) -> None:
+        at = pl.ds(i * tile, tile)
+        cos, sin = (plgpu.load(w[name].at[places]) for name in ("cos", "sin"))
+        y = made("in", at)
+        y = jnp.where((i * tile + column < turned)[None, :], y * cos + made("swapped", at) * sin, y)
+        block.write("qkv", y, at)
+
+    mixed = -(-turned // tile) if "cos" in w else 0
+    for begin, end, make in ((0, mixed, aslant), (mixed, plan.tiles, straight)):
+        if end > begin:
+            jax.lax.fori_loop(begin, end, make, None)
+
+
+# ---- calling them
+
+
+def _swapped(plan: _Plan, a: Array) -> Array:
+    """Columns [..., queries | keys | values] such that each head's (a, b) are (-b, a)."""
+    pairs = a.reshape(*a.shape[:-1], -1, 2, plan.heads.d_head // 2)
+    return (jnp.flip(pairs, -2) * jnp.array([[-1.0], [1.0]])).reshape(a.shape)
+
+
+def _weights(plan: _Plan, named: dict[str, Array]) -> dict[str, Array]:
+    """What projects: weights for queries whose products with keys are exponents of 2, and those of turned rows."""
+    factors = jnp.repeat(jnp.stack([named["factor"][0], *jnp.ones(2)]), plan.f // 3)
+    scaled = {n: a * factors if n in ("W_in", "b_in") else a for n, a in named.items() if n in plan.names}
+    w = plan.pad(tuple(scaled[n] for n in plan.names))
+    if "cos" in named:
+        swapped = plan.pad(tuple(_swapped(plan, a) if n in ("W_in", "b_in") else a for n, a in scaled.items()))
+        w |= {n.replace("in", "swapped"): a for n, a in swapped.items() if n in ("W_in", "b_in")}
+        width, tile = plan.heads.d_head, plan.blocks.tile
+        w |= {n: jnp.tile(named[n][: plan.heads.length, :width], (1, tile // width)) for n in ("cos", "sin")}
+    return w
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _one(plan: _Plan, names: tuple[str, ...], x: Array, *operands: Array) -> Array:
+    """The block for some rows, one after the other."""
+    return _one_forward(plan, names, x, *operands)[0]
+
+
+def _one_forward(plan: _Plan, names: tuple[str, ...], x: Array, *operands: Array) -> tuple[Array, Any]:
+    plan, named = plan.of(x), dict(zip(names, operands, strict=True))
+    qkv = fused_tokens.call(plan, _project_kernel, {"x": x}, _weights(plan, named), ["qkv"], plan.blocks.rows)["qkv"]
+    row = jax.vmap(functools.partial(fused_attention.forward, plan.heads))(qkv.reshape(-1, plan.heads.length, plan.f))
+    y = x + row["z"].reshape(plan.tokens, -1) @ named["W_out"].astype(x.dtype)
+    return y + named["b_out"].astype(x.dtype) if "b_out" in named else y, (x, row, named)
+
+
+def _one_backward(plan: _Plan, names: tuple[str, ...], kept: Any, dy: Array) -> tuple[Array | None, ...]:
+    (x, row, named), plan = kept, plan.of(kept[0])
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    z = row["z"].reshape(plan.tokens, -1)
+    dz = product("td,ed->te", dy, named["W_out"].astype(dy.dtype)).astype(dy.dtype)
+    shared = {"factor": named["factor"], "tables": tuple(named[n] for n in fused_attention.TABLES if n in named)}
+    through = functools.partial(fused_attention.backward, plan.heads)
+    dqkv = jax.vmap(through, (0, None, 0))(row, shared, dz.reshape(row["z"].shape)).reshape(plan.tokens, -1)
+    dx, *made = fused_tokens.backward(plan, {"x": x, "dy": dy, "dqkv": dqkv}, tuple(named[n] for n in plan.names))
+    grads = dict(zip(plan.names, made, strict=True)) | {"W_out": product("te,td->ed", z, dy), "b_out": dy.astype(jnp.float32).sum(0)}
+    return dx, *(grads.get(n) for n in names)
+
+
+_one.defvjp(_one_forward, _one_backward)
+_rows = fused.rows_as_one(lambda static, x, *operands: _one(*static, x, *operands), "attention_rows")
+
+
+def block(
+    formula: Formula,
+    weights: tuple[dict[str, Array], dict[str, Array]],
+    x: Float[Array, "position d_model"],
+    scale: float | Array,
+    angles: Float[np.ndarray, "position pair"] | None,
+    interpret: bool = False,
+) -> Float[Array, "position d_model"]:
+    """x + attention(norm(x)) with the weights of both, x in bfloat16; `scale` and `angles` as in `fused_attention.attention`."""
+    norms, attn = weights
+    h, d, e = attn["W_Q"].shape
+    operands = norms | {"W_in": jnp.concatenate([attn[f"W_{n}"].swapaxes(0, 1).reshape(d, h * e) for n in "QKV"], 1)}
+    if "b_Q" in attn:
+        operands["b_in"] = jnp.concatenate([attn[f"b_{n}"].reshape(-1) for n in "QKV"])
+    names = tuple(name for name in _Plan.axes if name in operands)
+    heads = fused_attention.Plan(x.shape[0], h, e, interpret)
+    operands |= {"W_out": attn["W_O"].reshape(h * e, d), **({"b_out": attn["b_O"]} if "b_O" in attn else {})}
+    operands |= {"factor": heads.factor(scale), **dict(zip(fused_attention.TABLES, heads.tables(angles), strict=False))}
+    plan = _Plan(formula, names, d, 3 * h * e, BLOCKS[padded(d)], interpret, heads=heads)
+    return _rows((plan, tuple(operands)), x, *operands.values())

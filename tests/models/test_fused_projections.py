@@ -1,0 +1,184 @@
+"""The kernels around attention, their meaning run without a GPU, against the plain formula in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import elegans as el
+from elegans import Attention, LayerNorm, Learned, RMSNorm, Rotary, Transformer
+from elegans.models import fused, fused_attention, fused_projections
+from elegans.models.base import Context, Sizes
+from elegans.models.fused_tokens import Blocks, Formula
+from kernels import BF16, close, kernels_in, kernels_lowered, steps_of, with_and_without
+
+CASES = {  # norm, scale, positions, heads, d_model, d_head, bias, length
+    "rms": (RMSNorm(), 0.7, Rotary(), 4, 16, 4, False, 18),
+    "columns that fill no tile, queries and values in one": (RMSNorm(), 1.0, Rotary(theta=100.0), 3, 20, 8, False, 21),
+    "layer with biases, nothing turned": (LayerNorm(), 1.0, Learned(), 2, 20, 8, True, 16),
+    "biases that turn": (LayerNorm(), 1.3, Rotary(), 2, 8, 4, True, 17),
+}
+
+
+def made(case, *lead):
+    """Random weights of a block, stacked over `lead`; none is zero or one."""
+    norm, _, _, heads, d, e, bias, _ = case
+    sizes = Sizes(2, 2, d, heads, e, bias, None)
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda key: (norm.init(key, sizes), Attention().init(key, sizes)), jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(d), len(leaves))
+    return jax.tree.unflatten(treedef, [jax.random.normal(k, (*lead, *a.shape)) * 0.3 + 0.1 for k, a in zip(keys, leaves, strict=True)])
+
+
+def drawn(*shape):
+    return jax.random.normal(jax.random.key(9), shape, jnp.bfloat16)
+
+
+def plain(case, weights, x):
+    """The components' own formula, in float32."""
+    norm, scale, positions, *_ = case
+    x, context = x.astype(jnp.float32), Context(jnp.arange(2), lambda name, y: y, positions)
+    return x + Attention(scale=scale).apply(weights[1], norm.apply(weights[0], x, context), context)
+
+
+def through(case, weights, x, interpret=True):
+    norm, scale, positions, _, _, e, _, length = case
+    formula = Formula(isinstance(norm, LayerNorm), norm.eps, "")
+    return fused_projections.block(formula, weights, x, scale, positions.angles(length, e), interpret)
+
+
+def gradients(block, weights, x):
+    """Of a loss of rows that share weights: no outputs weigh alike; and what the block gives."""
+
+    def loss(weights, x):
+        y = jax.vmap(block, (None, 0))(weights, x)
+        return (y.astype(jnp.float32) * (2 + jnp.sin(jnp.arange(y.size)).reshape(y.shape))).sum() / len(x), y
+
+    return jax.grad(loss, (0, 1), has_aux=True)(weights, x)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks that three short rows do not fill; `kept` as wanted."""
+
+    def of(kept):
+        for width in fused_projections.BLOCKS:
+            monkeypatch.setitem(fused_projections.BLOCKS, width, Blocks(16, 16, span=32, kept=kept))
+
+    return of
+
+
+@pytest.mark.parametrize("kept", [12_288, 0], ids=["one kernel backward", "two"])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_all_gradients_are_the_formulas(case, kept, small):
+    """A block of tokens has the ends of rows in it."""
+    small(kept)
+    case = CASES[case]
+    weights, x = made(case), drawn(3, case[-1], case[4])
+    both = [jax.jit(functools.partial(gradients, functools.partial(f, case)))(weights, x) for f in (through, plain)]
+    # what a bias of keys adds to a query's scores is alike but for turning, so that its gradient cancels: measured beside that of values
+    got, want = (grads[0][1].pop("b_K", jnp.zeros(1)) for grads, _ in both)
+    scale = np.linalg.norm(both[1][0][0][1].get("b_V", jnp.ones(1)))
+    assert np.linalg.norm(got - want) < 3 * BF16 * scale
+    close(*both, steps=3)
+
+
+def test_a_cohort_s_gradients_are_its_replicas_own(small):
+    """Replicas over rows, whose scale is swept, in a loop inside jit, as training does it: each replica's as if it were alone.
+
+    Kernels to the bit; a plain product of a CPU adds in another order when there are several.
+    """
+    small(0)
+    case = CASES["rms"]
+    weights, x, scales = made(case, 2), drawn(2, 3, case[-1], case[4]), jnp.asarray([0.7, 1.3])
+
+    def of(scale, weights, x):
+        return gradients(functools.partial(through, (case[0], scale, *case[2:])), weights, x)
+
+    _, cohort = jax.jit(lambda s, p, x: jax.lax.scan(lambda c, _: (c, jax.vmap(of)(s, p, x)), 0, length=1))(scales, weights, x)
+    for i in range(2):
+        want = jax.jit(of)(scales[i], *jax.tree.map(lambda a, i=i: a[i], (weights, x)))
+        got = jax.tree.map(lambda a, i=i: a[0, i], cohort)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-5, atol=1e-5)
+
+
+def test_five_kernels_and_no_projection_in_float32():
+    """Two forward and three backward; of what has a position and a projected row's columns, nothing is wider than bfloat16."""
+    case = CASES["rms"]
+    program = jax.make_jaxpr(functools.partial(gradients, functools.partial(through, case)))(made(case), drawn(3, 18, 16)).jaxpr
+    assert len(kernels_in(program)) == 5
+    tall = [v.aval for s in steps_of(program) for v in s.outvars if v.aval.shape[-1:] == (48,) and np.prod(v.aval.shape) > 16 * 48]
+    assert tall and all(a.dtype == jnp.bfloat16 for a in tall)
+
+
+LOWERED = [(RMSNorm(), 1.0, Rotary(), 4, d, d // 4, False, 132) for d in (8, 32, 64, 128)] + [
+    (LayerNorm(), 1.0, Learned(), 2, 20, 8, True, 33)
+]
+
+
+@pytest.mark.parametrize("case", LOWERED, ids=str)
+def test_kernels_lower_for_a_gpu_without_one(case):
+    """For two replicas of rows; up to d 32 one kernel makes all gradients."""
+    gradient = jax.jit(jax.vmap(functools.partial(gradients, functools.partial(through, case, interpret=False))))
+    assert kernels_lowered(gradient, made(case, 2), drawn(2, 3, case[-1], case[4])) == (5 if case[4] <= 32 else 6)
+
+
+# ---- in the model
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """As on a GPU, the kernels interpreted; how often the block was asked for."""
+    asked, kernel, attention = [], fused_projections.block, fused_attention.attention
+
+    def block(*args):
+        asked.append(args[0])
+        return kernel(*args, interpret=True)
+
+    monkeypatch.setattr(fused, "serves", lambda dtype, edit: dtype == "bfloat16")
+    monkeypatch.setattr(fused_attention, "LEAST_ROW", 9)
+    monkeypatch.setattr(fused_attention, "attention", functools.partial(attention, interpret=True))
+    monkeypatch.setattr(fused_projections, "block", block)
+    return asked
+
+
+def test_a_model_gives_the_same_through_the_kernels(served, monkeypatch):
+    """The trace still has what the kernels skip."""
+    model = Transformer(layers=1, d_model=16, heads=2, attention=Attention(scale=0.7), mlp=None, bias=True, dtype="bfloat16")
+    params = model.init(jax.random.key(0), 5, 9)
+    (through, traced), (logits, trace) = with_and_without(model, params, monkeypatch)
+    assert served == [Formula(False, 1e-5, "")]
+    assert np.linalg.norm(np.asarray(through - logits)) < 4 * BF16 * np.linalg.norm(np.asarray(logits))
+    for site in ("ln1.0", "q.0", "pattern.0"):
+        assert np.array_equal(trace[site], traced[site])
+
+
+@el.spec
+class Louder(Attention):
+    """A component of a user's own, which the kernels cannot know."""
+
+    def apply(self, params, x, context):
+        return 2 * super().apply(params, x, context)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention": Louder()},
+        {"norm": None},
+        {"skip": "normed"},
+        {"d_model": 144},
+        {"heads": 1, "d_head": 34},
+        {"dropout": 0.1},
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_know_takes_another_way(change, served):
+    known = {"layers": 1, "d_model": 16, "heads": 2, "mlp": None, "dtype": "bfloat16"}
+    for fields in (known | change, known):
+        model = Transformer(**fields)
+        assert not served
+        jax.eval_shape(lambda key, model=model: model.apply(model.init(key, 5, 9), jnp.arange(9) % 5, key=key), jax.random.key(0))
+    assert served  # without the change
