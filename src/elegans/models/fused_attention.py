@@ -1,14 +1,17 @@
-"""Causal attention in one GPU kernel forward and one backward, written in Pallas for Triton.
+"""Causal attention in one GPU kernel forward and two backward, written in Pallas for Triton.
 
-The plain formula writes rotated queries and keys, scores and patterns to memory. Here a program reads its part of the projected row,
-[position, queries | keys | values of all heads], as the product left it, turns it in registers and writes what the heads mix: nothing is
-padded, split or transposed on the way. Rows and heads of any size are masked loads. No product has an inner dimension below 16, so
-narrower heads share a tile, and masks over its columns tell them apart. Products take bfloat16 and add in float32.
+The plain formula writes scores and patterns to memory. Here a program reads its part of a projected row, [position, queries | keys |
+values of all heads], and writes what the heads mix: nothing is padded, split or transposed on the way. Rows and heads of any size are
+masked loads. No product has an inner dimension below 16, so narrower heads share a tile, and masks over its columns tell them apart.
+Products take bfloat16 and add in float32.
 
 A program has one block of positions of a row, and the heads of one tile. Forward, its queries see a block of keys after the other,
-keeping a running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022). Backward, scores are computed anew: its queries
-meet all earlier blocks of keys, and its keys all later blocks of queries, so that it has whole gradients and writes each once. Sums
-are made in one order: the same bits every time.
+keeping a running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022). Backward, scores are computed anew, twice: queries
+meet all earlier blocks of keys, and in a kernel of their own keys all later blocks of queries, so that each has whole gradients and
+writes them once. Sums are made in one order: the same bits every time.
+
+Queries and keys come turned (rotary positions), and queries such that products are exponents of 2: that is done once for a row, before
+(`_turned`, or `fused_projections.py`), and not once for each pair of blocks. Gradients are turned back where they are written.
 """
 
 from __future__ import annotations
