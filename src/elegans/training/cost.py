@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import jax
+import numpy as np
 
 from elegans.training.cohort import resolve
 from elegans.training.run import Run
@@ -33,6 +34,11 @@ class Rates:
     most: float  # FLOP/s at most
     layer: float  # seconds that a layer takes in a step besides, however small it is
     compiling: float  # seconds that the programs of one size cost, compiled beside others where threads do that
+    cores: bool = False  # whether several cores share the replicas, as evenly as their number allows
+
+    def size(self, live: int, most: int) -> int:
+        """Replicas of a program for so many live runs out of the most: powers of two for cores."""
+        return min(most, 1 << (live - 1).bit_length()) if self.cores and live else live
 
     def step(self, loads: Iterable[tuple[Run, int]]) -> float:
         """Seconds of one step of one program of so many replicas of each of some runs, their rows padded to the longest.
@@ -46,7 +52,7 @@ class Rates:
         return self.layer * layers + work / min(self.width * width, self.most)
 
 
-RATES = {"cpu": Rates(1.2e9, 1e11, 2e-4, 8.0), "gpu": Rates(8e11, 1.5e14, 6e-5, 8.0)}  # two cores; one H100 with 16 cores
+RATES = {"cpu": Rates(1.2e9, 1e11, 2e-4, 8.0, cores=True), "gpu": Rates(8e11, 1.5e14, 6e-5, 8.0)}  # two cores; one H100 with 16 cores
 
 
 def rates_of(platform: str) -> Rates:
@@ -67,23 +73,23 @@ class Leg:
 
 
 def shrink(lengths: Sequence[Sequence[int]], runs: Sequence[Run], rates: Rates) -> list[Leg]:
-    """The legs of cohorts of runs like these with these lengths, longest first, that train together.
+    """The legs of cohorts of runs like these with these lengths, longest first, that train together: those that take least time.
 
-    When at most a quarter of the replicas still train, they move to a program of the next powers of two, where
-    that saves at least the time to compile it.
+    Where runs end, the others may move to a smaller program, which takes its time to compile.
     """
-    legs, begin, sizes = [], 0, tuple(map(len, lengths))
-    stops = sorted({n for each in lengths for n in each})
-    for stop in stops[:-1]:
-        live = [sum(n > stop for n in each) for each in lengths]
-        smaller = tuple(min(size, 1 << (n - 1).bit_length()) if n else 0 for n, size in zip(live, sizes, strict=True))
-        if sum(live) > sum(sizes) / 4:
-            continue
-        saved = (stops[-1] - stop) * (rates.step(zip(runs, sizes, strict=True)) - rates.step(zip(runs, smaller, strict=True)))
-        if saved >= rates.compiling:
-            legs.append(Leg(begin, stop, sizes))
-            begin, sizes = stop, smaller
-    return [*legs, Leg(begin, stops[-1], sizes)]
+    stops = [0, *sorted({n for each in lengths for n in each})]
+    sizes = [tuple(rates.size(sum(n > stop for n in each), len(each)) for each in lengths) for stop in stops[:-1]]
+    steps = np.array([rates.step(zip(runs, size, strict=True)) for size in sizes])
+    best, begins = np.zeros(len(stops)), [0] * len(stops)
+    for i in range(1, len(stops)):
+        spent = best[:i] + (stops[i] - np.array(stops[:i])) * steps[:i] + rates.compiling
+        begins[i] = int(spent.argmin())
+        best[i] = spent[begins[i]]
+    legs, i = [], len(stops) - 1
+    while i:
+        legs.append(Leg(stops[begins[i]], stops[i], sizes[begins[i]]))
+        i = begins[i]
+    return legs[::-1]
 
 
 def seconds(runs: Sequence[Run], legs: Sequence[Leg], rates: Rates, since: int = 0) -> float:
