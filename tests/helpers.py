@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from elegans import Run, Spec
 from elegans.training.cohort import stack
 from elegans.training.optimisers import path_name
+from elegans.training.step import draw_batch, take
 
 
 def as_arrays(run: Run) -> Run:
@@ -18,3 +19,8 @@ def as_arrays(run: Run) -> Run:
 def leaves(value: Spec) -> dict[str, Any]:
     """Dotted path to value of every leaf, in tree order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(value)}
+
+
+def advance(run: Run, state: Any, step: Any, data: Any) -> Any:
+    """A step of training on the batch of that step."""
+    return take(run, state, step, draw_batch(run, step, data))

@@ -40,10 +40,10 @@ from elegans.training.cohort import group, resolve
 from elegans.training.convoy import divide
 from elegans.training.cost import parameters
 from elegans.training.optimisers import ravel
-from elegans.training.step import advance, draw_data, initial, params_of, start
+from elegans.training.step import draw_data, initial, params_of, start
 from elegans.training.train import Checkpoint
 from elegans.training.transfer import depth, inherited, lineage
-from helpers import as_arrays
+from helpers import advance, as_arrays
 from running import elegans
 
 MODEL = Transformer(layers=1, d_model=8, heads=2, position=Learned())

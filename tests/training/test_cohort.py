@@ -285,3 +285,24 @@ def test_a_held_out_set_of_nothing_is_refused_and_scores_nothing():
     with pytest.raises(Invalid, match=r"^split: 'test' "):
         check_scored(sets)
     check_scored(sets._replace(test=sets.validation))
+
+
+@pytest.mark.parametrize("finite", [None, 24], ids=["fresh rows", "a finite set"])
+def test_batches_drawn_ahead_are_those_drawn_in_turn(finite, monkeypatch):
+    """Chunks that end within what was drawn, and go on there, to the bit; drawn one by one it is another program, which rounds otherwise."""
+    run = Run(Addition(length=3), Transformer(layers=1, d_model=8, heads=2), batch=8, steps=9, train_set=finite)
+    runs = grid(run, {"seed": range(2), "steps": [9, 6]})
+
+    def trained(ahead, chunks):
+        monkeypatch.setattr(Programs, "_ahead", ahead)
+        programs, made = Programs(runs, jax.devices("cpu")[0], 1), []
+        states, step = programs.start(), 0
+        for n in chunks:
+            states, metrics = programs.chunk(states, step, n)
+            made.append(metrics)
+            step += n
+        return [jax.tree.map(np.asarray, states), {name: np.concatenate([m[name] for m in made]) for name in made[0]}]
+
+    whole = trained(4, [9])
+    jax.tree.map(np.testing.assert_array_equal, trained(4, [3, 5, 1]), whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), whole, trained(1, [9]))

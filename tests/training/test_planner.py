@@ -12,7 +12,8 @@ from elegans.tasks.sampling import prepare
 from elegans.training import planner
 from elegans.training.cohort import Programs, resolve
 from elegans.training.device import choose
-from elegans.training.step import advance, draw_data, start
+from elegans.training.step import draw_data, start
+from helpers import advance
 
 RUN = Run(Addition(length=3), Transformer(layers=3, d_model=16, heads=2), AdamW(), batch=8, steps=20)
 STRUCTURES = {

@@ -14,9 +14,9 @@ from elegans.randomness import shuffled_index
 from elegans.tasks.sampling import prepare
 from elegans.training.cohort import evaluate, resolve
 from elegans.training.optimisers import ravel
-from elegans.training.step import RunData, State, advance, draw_batch, draw_data, params_of, scores, start
+from elegans.training.step import RunData, State, draw_batch, draw_data, params_of, scores, start
 from elegans.types import Example
-from helpers import as_arrays
+from helpers import advance, as_arrays
 
 MODEL = Transformer(layers=1, d_model=8, heads=2)
 

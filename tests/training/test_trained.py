@@ -13,8 +13,8 @@ from elegans.tasks.sampling import prepare
 from elegans.training.cohort import resolve
 from elegans.training.optimisers import path_name
 from elegans.training.planner import plan
-from elegans.training.step import advance, draw_batch, draw_data, mask_of, params_of, scores, start, trained_of
-from helpers import as_arrays
+from elegans.training.step import draw_batch, draw_data, mask_of, params_of, scores, start, trained_of
+from helpers import advance, as_arrays
 
 MODEL = Transformer(layers=2, d_model=8, heads=2, position=Learned())
 RUN = Run(Addition(length=3), MODEL, AdamW(lr=0.05, clip=0.1, weight_decay=0.3), batch=4, steps=5)

@@ -29,11 +29,12 @@ from elegans.tasks.sampling import TaskData, compact, draw_set, prepare
 from elegans.training.device import cache_misses, compiler_options
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
-from elegans.training.step import RunData, State, advance, draw_data, logits_of, params_of, start, tallies
+from elegans.training.step import RunData, State, draw_batch, draw_data, logits_of, params_of, start, take, tallies
 from elegans.training.transfer import depth
 from elegans.types import AnyArray, Example
 
 CHUNK = 256  # steps whose metrics are kept on the device before they travel to the host
+AHEAD = 8  # steps whose batches a device draws at once: its kernels wait for each other, and hardly for their work
 EVALUATIONS = 8  # parts of a cohort that are evaluated apart: where one run of many ends, the others need not be
 BLOCK = 64  # rows evaluated at a time, or a batch where that is more: a small batch leaves a device idle
 
@@ -155,7 +156,8 @@ class Programs:
         self.runs, self.task = spread.place(stack(runs)), spread.place(task, axes)
         pair: Any = RunData  # of axes, in the shape of the data
         data = pair(axes, 0)
-        self._step = jax.jit(jax.vmap(_step, (0, 0, data, None), axis_name="replica"), inline=True)  # so that it is traced once
+        self._draw = over(draw_batch, 0, None, data)
+        self._take = jax.jit(over(take, 0, 0, None, 0), inline=True)  # so that it is traced once
         self._functions = {
             "start": spread.jit(over(start, 0), (0,), 0),
             "begin": spread.jit(over(start, 0, 0), (0, 0), 0),
@@ -163,7 +165,7 @@ class Programs:
             "held_out": spread.jit(over(draw_held_out, 0, axes), (0, axes), 0),
             "evaluate": self.few.jit(over(evaluate, 0, 0, 0), (0, 0, 0), 0),
             "few": jax.jit(taken),
-            "chunk": spread.jit(functools.partial(chunk_of, self._step), (0, 0, data, None, None), (0, 2), donate=(1,)),
+            "chunk": spread.jit(self._chunk, (0, 0, data, None, None), (0, 2), donate=(1,)),
         }
         self._inherits = depth(runs[0]) > 0
 
@@ -285,7 +287,16 @@ class Programs:
     @functools.cached_property
     def metrics(self) -> tuple[str, ...]:
         """Names of what a training step records, in the order of the program's results."""
-        return tuple(jax.eval_shape(self._step, *self._step_like)[1])
+        return metrics_of(self._draw, self._take, *self._step_like)
+
+    @property
+    def _ahead(self) -> int:
+        """Steps whose batches are drawn at once."""
+        return 1 if self._on_cpu else AHEAD
+
+    @property
+    def _chunk(self) -> Callable:
+        return functools.partial(chunk_of, self._draw, self._take, self._ahead)
 
     def chunk(self, states: State, step: int, steps: int) -> tuple[State, dict[str, Float[np.ndarray, "step replica"]]]:
         """`steps` optimiser steps (at most CHUNK) from `step`: new states, and the metrics of every step."""
@@ -334,23 +345,33 @@ def _finite_set(run: Run, task: TaskData) -> Example | None:
     return draw_data(run, task).finite
 
 
-def _step(run: Run, state: State, data: RunData, step: Int[Array, ""]) -> tuple[State, Any]:
-    return advance(run, state, step, data)
+def metrics_of(draw: Any, take: Any, runs: Run, states: State, data: RunData, step: Any) -> tuple[str, ...]:
+    """Names of what a training step records, in the order of the program's results."""
+    return tuple(jax.eval_shape(lambda *args: take(runs, states, args[1], draw(runs, args[1], args[0])), data, step)[1])
 
 
-def chunk_of(step: Any, runs: Run, states: State, data: RunData, first: Int[Array, ""], steps: Int[Array, ""]) -> tuple[State, Array]:
+def chunk_of(
+    draw: Any, take: Any, ahead: int, runs: Run, states: State, data: RunData, first: Int[Array, ""], steps: Int[Array, ""]
+) -> tuple[State, Array]:
     """Steps first..first+steps of every replica: new states, and metrics [metric, step, replica].
 
-    The trip count is data, so that a chunk of any length is the same program, with the same bits.
+    Batches are drawn for so many steps `ahead`. The trip count is data, so that a chunk of any length is the same program, with the
+    same bits.
     """
-    names = jax.eval_shape(step, runs, states, data, first)[1]
-    replicas = states.diverged.shape[0]
+    names, replicas = metrics_of(draw, take, runs, states, data, first), states.diverged.shape[0]
 
-    def body(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
-        states, metrics = step(runs, carry[0], data, first + i)
-        return states, carry[1].at[:, i].set(jnp.stack([metrics[name].astype(jnp.float32) for name in names]))
+    def group(g: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
+        begin = g * ahead
+        drawn = jax.vmap(lambda i: draw(runs, first + begin + i, data))(jnp.arange(ahead))
 
-    return jax.lax.fori_loop(0, steps, body, (states, jnp.full((len(names), CHUNK, replicas), jnp.nan, jnp.float32)))
+        def body(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
+            states, metrics = take(runs, carry[0], first + begin + i, jax.tree.map(lambda a: a[i], drawn))
+            return states, carry[1].at[:, begin + i].set(jnp.stack([metrics[name].astype(jnp.float32) for name in names]))
+
+        return jax.lax.fori_loop(0, jnp.minimum(ahead, steps - begin), body, carry)
+
+    metrics = jnp.full((len(names), CHUNK, replicas), jnp.nan, jnp.float32)
+    return jax.lax.fori_loop(0, (steps + ahead - 1) // ahead, group, (states, metrics))
 
 
 # ---- errors of custom code

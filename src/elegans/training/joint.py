@@ -8,7 +8,6 @@ candidates of its predictions. So a run is the same in any company, but for roun
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from elegans.specs import spec, structure, varies
 from elegans.tasks import Task
-from elegans.training.cohort import EVALUATIONS, HeldOut, Programs, chunk_of, draw_held_out, evaluate, over, resolve, share, stack, taken
+from elegans.training.cohort import EVALUATIONS, HeldOut, Programs, draw_held_out, evaluate, over, resolve, share, stack, taken
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
 from elegans.training.step import RunData, State, draw_batch, shapes_of, start, take
@@ -71,13 +70,13 @@ class Joint(Programs):
         self.runs = self.spread.place(stack(shared))
         self.task = self.spread.place(tuple((stack(members), data) for members, (data, _) in zip(groups, made, strict=True)))
         self._longest = longest
-        self._step = jax.jit(self._advance, inline=True)
+        self._draw, self._take = self._drawn, jax.jit(over(take, 0, 0, None, 0), inline=True)
         self._functions = {
             "start": jax.jit(self._started),
             "held_out": jax.jit(self._held_out),
             "evaluate": self.few.jit(over(evaluate, 0, 0, 0), (0, 0, 0), 0),
             "few": jax.jit(taken),
-            "chunk": jax.jit(functools.partial(chunk_of, self._step), donate_argnums=(1,)),
+            "chunk": jax.jit(self._chunk, donate_argnums=(1,)),
         }
 
     # ---- what the program does
@@ -91,15 +90,15 @@ class Joint(Programs):
         drawn = [over(draw_held_out, 0, axes)(own, data) for (own, data), axes in zip(parts, self._axes, strict=True)]
         return HeldOut(*(_joined([self._padded(example) for example in examples]) for examples in zip(*drawn, strict=True)))
 
-    def _advance(self, runs: Run, states: State, data: RunData, step: Int[Array, ""]) -> tuple[State, Any]:
+    def _drawn(self, runs: Run, step: Int[Array, ""], data: RunData) -> Example:
+        del runs
         drawn = []
         for (own, arrays), axes in zip(data.task, self._axes, strict=True):
-            draw = jax.vmap(lambda run, arrays: draw_batch(run, step, RunData(arrays)), (0, axes), axis_name="replica")
+            draw = over(lambda run, arrays: draw_batch(run, step, RunData(arrays)), 0, axes)
             drawn.append(draw(own, arrays))
         if any(example.weights is not None for example in drawn):
             drawn = [e if e.weights is not None else dataclasses.replace(e, weights=jnp.ones(e.tokens.shape)) for e in drawn]
-        batch = _joined([self._padded(example) for example in drawn])
-        return jax.vmap(take, (0, 0, None, 0), axis_name="replica")(runs, states, step, batch)
+        return _joined([self._padded(example) for example in drawn])
 
     def _padded(self, rows: Example) -> Example:
         """Rows [..., position] as long as the longest of any task, unscored there."""

@@ -25,11 +25,11 @@ from elegans.models import Transformer
 from elegans.models.base import once
 from elegans.sources import code_of
 from elegans.tasks.sampling import TaskData, prepare
-from elegans.training.cohort import group, resolve, traced
+from elegans.training.cohort import AHEAD, group, resolve, traced
 from elegans.training.cost import Rates, flops_per_step, parameters, rates_of, shrink
 from elegans.training.optimisers import AdamW
 from elegans.training.run import Record, Run
-from elegans.training.step import Update, draw_batch, draw_data, start, take, trained_of
+from elegans.training.step import RunData, Update, draw_batch, draw_data, start, take, trained_of
 from elegans.training.transfer import origin
 from elegans.types import Example
 
@@ -201,9 +201,10 @@ def _traced_bytes(run: Run) -> int:
     def step(run: Run) -> Any:
         return take(run, start(run, jnp.zeros(weights)), jnp.int32(0), _first_batch(_drawing(run), task))
 
-    peak = _peak(traced(run, lambda r: jax.make_jaxpr(step)(r)).jaxpr)
     data = jax.eval_shape(draw_data, _drawing(resolve(run)), task)  # an argument of every step
-    return peak + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(data))
+    peak = _peak(traced(run, lambda r: jax.make_jaxpr(step)(r)).jaxpr)
+    ahead = _peak(traced(run, lambda r: jax.make_jaxpr(_batch)(_drawing(r), data)).jaxpr)
+    return peak + (AHEAD - 1) * ahead + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(data))
 
 
 def _drawing(run: Run) -> Run:
@@ -213,8 +214,13 @@ def _drawing(run: Run) -> Run:
 
 @jax.jit
 def _first_batch(run: Run, task: TaskData) -> Example:
+    return _batch(run, draw_data(run, task))
+
+
+@jax.jit
+def _batch(run: Run, data: RunData) -> Example:
     """Traced once for all runs that draw alike."""
-    return draw_batch(run, jnp.int32(0), draw_data(run, task))
+    return draw_batch(run, jnp.int32(0), data)
 
 
 @functools.lru_cache(1024)

@@ -224,18 +224,13 @@ def draw_batch(run: Run, step: Int[Array, ""], data: RunData) -> Example:
     return dataclasses.replace(chosen, tokens=chosen.tokens.astype(jnp.int32))
 
 
-def advance(run: Run, state: State, step: Int[Array, ""], data: RunData) -> tuple[State, Metrics]:
-    """One optimiser step. A run past its last step, or diverged, stands still; its metrics are NaN.
+def take(run: Run, state: State, step: Int[Array, ""], batch: Example) -> tuple[State, Metrics]:
+    """One optimiser step, of a batch. A run past its last step, or diverged, stands still; its metrics are NaN.
 
     Diverged: a metric (the loss, the norm of the gradient) or a new parameter is not finite. Whether the
     metrics are is known before the update and stops it; whether the new parameters are would need a
     second pass over them, so that update is kept, and is the last one.
     """
-    return take(run, state, step, draw_batch(run, step, data))
-
-
-def take(run: Run, state: State, step: Int[Array, ""], batch: Example) -> tuple[State, Metrics]:
-    """The optimiser step of a batch, see `advance`."""
     new, metrics = run.update.apply(run, state, batch, step, key_for(run.seed, Purpose.DROPOUT, step))
     if run.trained is not None:
         new = dataclasses.replace(new, params=jnp.where(mask_of(run), new.params, state.params))
