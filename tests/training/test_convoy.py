@@ -112,6 +112,14 @@ def test_what_pads_a_model_is_zero_and_stays_so():
         assert np.array_equal(a, b)  # splitting drops what pads, joining puts zeros: nothing else was there
 
 
+def test_no_program_carries_an_array_as_large_as_a_model():
+    """At d_model 512 such constants were gigabytes."""
+    programs = Joint([[r for r in runs() if r.task == task] for task in TASKS], jax.devices()[0])
+    captured = jax.make_jaxpr(programs._started)(programs.task).consts
+    least = min(np.asarray(s.params).shape[1] for s in programs.split(programs.start()))
+    assert all(np.size(a) < least for a in captured)
+
+
 def test_a_task_s_predictions_are_among_its_symbols(together):
     """A model of 21 symbols knows only two digits where the task has no more: else an untrained loss would be near ln 21."""
     programs = Joint([[r for r in runs() if r.task == task] for task in TASKS], jax.devices()[0])

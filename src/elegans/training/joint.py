@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from elegans.specs import spec, structure, varies
 from elegans.tasks import Task
 from elegans.training.cohort import EVALUATIONS, HeldOut, Programs, draw_held_out, evaluate, over, resolve, share, stack, taken
+from elegans.training.optimisers import unravel
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
 from elegans.training.step import RunData, State, draw_batch, shapes_of, start, take
@@ -62,7 +63,7 @@ class Joint(Programs):
             for run in members
         ]
         self.sizes = list(map(len, groups))
-        self._within = [_places(members[0], shared[0]) for members in groups]
+        self._shapes, self._own = shapes_of(shared[0]), [shapes_of(resolve(members[0])) for members in groups]
         few = -(-len(shared) // EVALUATIONS)
         self.spread, self.few = Spread([device], len(shared), whole=True), Spread(devices_for(device, few, 1), few)
         made = [share(members) for members in groups]
@@ -83,7 +84,7 @@ class Joint(Programs):
 
     def _started(self, parts: Any) -> State:
         states = [jax.vmap(start, axis_name="replica")(runs) for runs, _ in parts]
-        return _joined([self._widened(i, s) for i, s in enumerate(states)])
+        return _joined([_fitted(s, own, self._shapes) for s, own in zip(states, self._own, strict=True)])
 
     def _held_out(self, runs: Run, parts: Any) -> HeldOut:
         del runs
@@ -108,51 +109,45 @@ class Joint(Programs):
 
     # ---- states of each cohort's own, and of all
 
-    def _widened(self, group: int, tree: Any) -> Any:
-        """A group's arrays [replica, parameter], padded to the shared model's; others as they are."""
-        own, all_of = self._within[group]
-
-        def widen(a: Any) -> Any:
-            if not (a.ndim == 2 and a.shape[1] == len(own)):
-                return a
-            if isinstance(a, np.ndarray):
-                made = np.zeros((len(a), all_of), a.dtype)
-                made[:, own] = a
-                return made
-            return jnp.zeros((len(a), all_of), a.dtype).at[:, own].set(a)
-
-        return jax.tree.map(widen, tree)
-
     def join(self, parts: Sequence[State]) -> State:
         cut = [jax.tree.map(lambda a, n=n: np.asarray(a)[:n], part) for part, n in zip(parts, self.sizes, strict=True)]
-        return self.spread.place(_joined([self._widened(i, part) for i, part in enumerate(cut)], np))
+        return self.spread.place(_joined([_fitted(part, own, self._shapes, np) for part, own in zip(cut, self._own, strict=True)], np))
 
     def split(self, states: State) -> list[State]:
         host = jax.tree.map(np.asarray, states)
         ends = np.cumsum(self.sizes)
-        parts = []
-        for (own, all_of), end, size in zip(self._within, ends, self.sizes, strict=True):
-            rows = jax.tree.map(lambda a, end=end, size=size: a[end - size : end], host)
-            parts.append(jax.tree.map(lambda a, own=own, all_of=all_of: a[:, own] if a.ndim == 2 and a.shape[1] == all_of else a, rows))
-        return parts
+        parts = [jax.tree.map(lambda a, end=end, size=size: a[end - size : end], host) for end, size in zip(ends, self.sizes, strict=True)]
+        return [_fitted(part, self._shapes, own, np) for part, own in zip(parts, self._own, strict=True)]
 
     def vectors(self, params: Float[AnyArray, "replica parameter"], slots: Int[np.ndarray, " slot"]) -> list[tuple[np.ndarray, np.ndarray]]:
         host, home = np.asarray(params), np.repeat(np.arange(len(self.sizes)), self.sizes)[slots]
-        return [(slots[home == i], host[slots[home == i]][:, own]) for i, (own, _) in enumerate(self._within) if (home == i).any()]
+        here = [(slots[home == i], own) for i, own in enumerate(self._own) if (home == i).any()]
+        return [(found, _fitted(host[found], self._shapes, own, np)) for found, own in here]
 
     @property
     def _of_start(self) -> tuple[Any, ...]:
         return (self.task,)
 
 
-def _places(run: Run, shared: Run) -> tuple[np.ndarray, int]:
-    """Where a run's parameters lie among those of the shared model, and how many these are."""
-    places, begin = [], 0
-    for own, wide in zip(jax.tree.leaves(shapes_of(resolve(run))), jax.tree.leaves(shapes_of(shared)), strict=True):
-        within = np.arange(begin, begin + wide.size, dtype=np.int32).reshape(wide.shape)
-        places.append(within[tuple(slice(n) for n in own.shape)].reshape(-1))
-        begin += wide.size
-    return np.concatenate(places), begin
+def _fitted(tree: Any, own: Any, other: Any, module: Any = jnp) -> Any:
+    """A tree whose vectors [replica, parameter] of a model become those of one of other shapes: zeros at every weight's ends, or less."""
+    size = sum(w.size for w in jax.tree.leaves(own))
+
+    def fit(a: Any) -> Any:
+        if not (a.ndim == 2 and a.shape[1] == size):
+            return a
+        weights = zip(jax.tree.leaves(unravel(a, own)), jax.tree.leaves(other), strict=True)
+        return module.concatenate([_resized(w, to.shape, module).reshape(len(a), -1) for w, to in weights], 1)
+
+    return jax.tree.map(fit, tree)
+
+
+def _resized(w: Any, shape: tuple[int, ...], module: Any) -> Any:
+    """A weight [replica, ...], cut or padded with zeros at its ends."""
+    if w.shape[1:] == shape:
+        return w
+    w = w[:, *map(slice, shape)]
+    return module.pad(w, [(0, 0), *((0, to - n) for n, to in zip(w.shape[1:], shape, strict=True))])
 
 
 def _joined(trees: Sequence[Any], module: Any = jnp) -> Any:
