@@ -238,6 +238,6 @@ def take(run: Run, state: State, step: Int[Array, ""], batch: Example) -> tuple[
     live = (step < steps) & (state.diverged < 0)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     kept = jax.tree.map(lambda a, b: jnp.where(live & finite, a, b), (new.params, new.opt), (state.params, state.opt))
-    well = finite & jnp.isfinite(new.params).all()
+    well = finite & jnp.isfinite(kept[0]).all()
     diverged = jnp.where(live & ~well, step, state.diverged)
     return State(*kept, diverged), {k: jnp.where(live, v, jnp.nan) for k, v in metrics.items()}
