@@ -289,7 +289,7 @@ def test_a_held_out_set_of_nothing_is_refused_and_scores_nothing():
 
 @pytest.mark.parametrize("finite", [None, 24], ids=["fresh rows", "a finite set"])
 def test_batches_drawn_ahead_are_those_drawn_in_turn(finite, monkeypatch):
-    """Chunks that end within what was drawn, and go on there, to the bit; drawn one by one it is another program, which rounds otherwise."""
+    """Chunks that end within what was drawn, and go on there, to the bit; drawn one by one: another program, which rounds otherwise."""
     run = Run(Addition(length=3), Transformer(layers=1, d_model=8, heads=2), batch=8, steps=9, train_set=finite)
     runs = grid(run, {"seed": range(2), "steps": [9, 6]})
 
