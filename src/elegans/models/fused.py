@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from elegans.types import Edit, no_edit
 
@@ -28,9 +28,10 @@ def dot(a: Array, b: Array, **transposed: bool) -> Array:
     return plgpu.dot(a, b, **transposed)
 
 
-def rows_as_one(one: Callable[..., Array], name: str) -> Callable[..., Array]:
-    """`one(static, x, *weights)` of the same shape as x, [position, width], for a function to which all tokens are alike.
+def rows_as_one(one: Callable[..., Array], name: str, width: Callable[..., int] | None = None) -> Callable[..., Array]:
+    """`one(static, x, *weights)` of x, [position, width], for a function to which all tokens are alike.
 
+    What it gives is as wide as x, or has the `width` of these weights.
     `vmap` over rows that share weights calls it on one long row of all their tokens, so that its gradient of a weight is a sum that it
     makes itself. In `grad(vmap(f))` this comes first, and `grad` meets `one`, which may have a `custom_vjp`, only then; in
     `vmap(grad(f))`, gradients of every row, `grad` does. A primitive, since `custom_vmap` has no gradient where no `vmap` is inside it.
@@ -44,14 +45,25 @@ def rows_as_one(one: Callable[..., Array], name: str) -> Callable[..., Array]:
         if any(axis is not None for axis in axes[1:]):
             return jax.vmap(functools.partial(one, static), axes)(*args), 0
         x = jnp.moveaxis(args[0], axes[0], 0)
-        return primitive.bind(x.reshape(-1, x.shape[-1]), *args[1:], static=static).reshape(x.shape), 0
+        return primitive.bind(x.reshape(-1, x.shape[-1]), *args[1:], static=static).reshape(*x.shape[:2], -1), 0
+
+    def shaped(x: Any, *weights: Any, **_: Any) -> Any:
+        return x.update(shape=(x.shape[0], width(*weights))) if width else x
 
     def jvp(primals: Any, tangents: Any, *, static: Any) -> tuple[Array, Array]:
         return jax.jvp(functools.partial(one, static), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
     primitive.def_impl(jax.jit(plain, static_argnames="static"))
-    primitive.def_abstract_eval(lambda x, *_, **__: x)
+    primitive.def_abstract_eval(shaped)
     batching.primitive_batchers[primitive] = batch
     ad.primitive_jvps[primitive] = jvp
     mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=False))
     return lambda static, x, *weights: primitive.bind(x, *weights, static=static)
+
+
+_product = rows_as_one(lambda _, x, w: x @ w, "product", lambda w: w.shape[-1])
+
+
+def product(x: Float[Array, "position a"], w: Float[Array, "a b"]) -> Float[Array, "position b"]:
+    """x w, beside kernels. A weight's gradient is then no product over rows and positions, for which XLA writes both factors transposed."""
+    return _product(None, x, w)

@@ -87,7 +87,7 @@ class Attention(Mixer):
 
     def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
         site, (h, _, e) = context.site, params["W_Q"].shape
-        qkv = self._project(params, x)
+        qkv = self._project(params, x, context)
         turn = context.positions.rotate if context.positions is not None else (lambda y: y)
         q, k, v = (y.reshape(-1, h, e) for y in jnp.split(qkv, 3, -1))
         q, k, v = site("q", turn(q)), site("k", turn(k)), site("v", v)
@@ -102,18 +102,18 @@ class Attention(Mixer):
             return _heads_out(params, fused_attention.attention(qkv, h, self.scale, angles).reshape(v.shape), context)
         return _heads_out(params, jnp.einsum("hqk,khe->qhe", pattern, v), context)
 
-    def _project(self, params: Params, x: Float[Array, "position d_model"]) -> Float[Array, "position projected"]:
+    def _project(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position projected"]:
         """Queries | keys | values of all heads, in one product, which is one large kernel instead of three."""
         h, d, e = params["W_Q"].shape
         w = jnp.concatenate([params[n].swapaxes(0, 1).reshape(d, h * e) for n in ("W_Q", "W_K", "W_V")], 1)
         b = jnp.concatenate([params[n].reshape(-1) for n in ("b_Q", "b_K", "b_V")]) if "b_Q" in params else None
-        return _linear(x, w, b)
+        return _linear(x, w, b, context)
 
 
 def _heads_out(params: Params, z: Float[Array, "position head d_head"], context: Context) -> Float[Array, "position d_model"]:
     """What the heads write into the residual stream."""
     z, w = context.site("z", z), params["W_O"]
-    return _linear(z.reshape(z.shape[0], -1), w.reshape(-1, w.shape[-1]), params.get("b_O"))
+    return _linear(z.reshape(z.shape[0], -1), w.reshape(-1, w.shape[-1]), params.get("b_O"), context)
 
 
 @spec
@@ -139,7 +139,7 @@ class GivenAttention(Mixer):
     def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
         h, d, e = params["W_V"].shape
         bias = params["b_V"].reshape(-1) if "b_V" in params else None
-        v = context.site("v", _linear(x, params["W_V"].swapaxes(0, 1).reshape(d, h * e), bias).reshape(-1, h, e))
+        v = context.site("v", _linear(x, params["W_V"].swapaxes(0, 1).reshape(d, h * e), bias, context).reshape(-1, h, e))
         pattern = context.site("pattern", self.pattern(context.tokens, h).astype(x.dtype))
         return _heads_out(params, jnp.einsum("hqk,khe->qhe", pattern, v), context)
 
@@ -185,9 +185,9 @@ class MLP(FeedForward):
         return made | sizes.biases(b_in=(f,), b_out=(d,))
 
     def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
-        hidden = _linear(x, params["W_in"], params.get("b_in"))
+        hidden = _linear(x, params["W_in"], params.get("b_in"), context)
         hidden = context.site("mlp_post", ACTIVATIONS[self.activation](hidden))
-        return _linear(hidden, params["W_out"], params.get("b_out"))
+        return _linear(hidden, params["W_out"], params.get("b_out"), context)
 
 
 @spec
@@ -208,8 +208,8 @@ class SwiGLU(FeedForward):
     def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
         both = jnp.concatenate([params["W_gate"], params["W_in"]], 1)  # one product instead of two
         bias = jnp.concatenate([params["b_gate"], params["b_in"]]) if "b_in" in params else None
-        gate, value = jnp.split(_linear(x, both, bias), 2, -1)
-        return _linear(context.site("mlp_post", jax.nn.silu(gate) * value), params["W_out"], params.get("b_out"))
+        gate, value = jnp.split(_linear(x, both, bias, context), 2, -1)
+        return _linear(context.site("mlp_post", jax.nn.silu(gate) * value), params["W_out"], params.get("b_out"), context)
 
 
 def _unnormed(params: Params, x: Array, context: Context) -> Array:
@@ -217,8 +217,8 @@ def _unnormed(params: Params, x: Array, context: Context) -> Array:
     return x
 
 
-def _linear(x: Float[Array, "position a"], w: Float[Array, "a b"], b: Array | None) -> Float[Array, "position b"]:
-    y = x @ w.astype(x.dtype)
+def _linear(x: Float[Array, "position a"], w: Float[Array, "a b"], b: Array | None, context: Context) -> Float[Array, "position b"]:
+    y = (fused.product if context.fused else jnp.matmul)(x, w.astype(x.dtype))
     return y if b is None else y + b.astype(x.dtype)
 
 
