@@ -30,13 +30,14 @@ from elegans.folder import Cohort, parent_of
 from elegans.specs import _KINDS, fill, is_abstract
 from elegans.tasks.sampling import prepare
 from elegans.training import ahead, train
-from elegans.training.cohort import Evaluation, draw_held_out, evaluate, resolve, stack
+from elegans.training.cohort import resolve, stack
 from elegans.training.convoy import Convoy
+from elegans.training.evaluation import Evaluation, draw_held_out, evaluate
 from elegans.training.planner import plan
-from elegans.training.step import State, advance, draw_batch, draw_data, start
+from elegans.training.step import State, draw_batch, draw_data, start
 from elegans.types import Example
 from field_cases import APART, BASE, CASES, LISTED, based
-from helpers import as_arrays, leaves
+from helpers import advance, as_arrays, leaves
 
 for found in pkgutil.walk_packages(elegans.__path__, "elegans."):
     importlib.import_module(found.name)
@@ -152,7 +153,10 @@ class Still:
     def __init__(self, runs: Any, *where: Any):
         self.size = len(runs)
 
-    def compile_all(self) -> None:
+    def compile_all(self, without: Any = ()) -> None:
+        pass
+
+    def held(self, slots: np.ndarray) -> None:
         pass
 
     def start(self) -> State:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from elegans import AdamW, Addition, Attention, Cosine, Invalid, Run, Split, Transformer, field, grid, replace, spec, varies
-from elegans.training.cohort import CHUNK, HeldOut, Programs, check_scored, evaluate, group, resolve, share, stack
+from elegans.training.cohort import CHUNK, Programs, group, resolve, share, stack
+from elegans.training.evaluation import HeldOut, check_scored, evaluate
 from elegans.training.planner import plan
 from elegans.training.step import draw_batch, draw_data, start
 from elegans.types import Example

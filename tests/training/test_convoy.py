@@ -115,7 +115,7 @@ def test_what_pads_a_model_is_zero_and_stays_so():
 def test_no_program_carries_an_array_as_large_as_a_model():
     """At d_model 512 such constants were gigabytes."""
     programs = Joint([[r for r in runs() if r.task == task] for task in TASKS], jax.devices()[0])
-    captured = jax.make_jaxpr(programs._started)(programs.task).consts
+    captured = jax.make_jaxpr(programs._started)(programs.runs, programs.task).consts
     least = min(np.asarray(s.params).shape[1] for s in programs.split(programs.start()))
     assert all(np.size(a) < least for a in captured)
 

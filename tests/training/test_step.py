@@ -12,7 +12,8 @@ import pytest
 from elegans import WSD, AdamW, Addition, At, Every, Invalid, LogSpaced, Parity, Run, Transformer, Update, spec, varies
 from elegans.randomness import shuffled_index
 from elegans.tasks.sampling import prepare
-from elegans.training.cohort import evaluate, resolve
+from elegans.training.cohort import resolve
+from elegans.training.evaluation import evaluate
 from elegans.training.optimisers import ravel
 from elegans.training.step import RunData, State, draw_batch, draw_data, params_of, scores, start
 from elegans.types import Example

@@ -34,12 +34,12 @@ class Ready:
     fresh: bool
 
 
-def build(convoy: Convoy, leg: Leg, device: jax.Device) -> Ready:
-    """Compile everything that a leg of a convoy needs."""
+def build(convoy: Convoy, leg: Leg, device: jax.Device, first: bool = True) -> Ready:
+    """Compile everything that a leg of a convoy needs; where it is not the `first` one, held-out examples come from the one before."""
     began = time.perf_counter()
-    groups = convoy.groups(leg)
-    programs = Programs(groups[0], device, convoy.plans[0].devices) if len(groups) == 1 else Joint(groups, device)
-    fresh = programs.compile_all()
+    groups, most = convoy.groups(leg), sum(convoy.legs[0].sizes)
+    programs = Programs(groups[0], device, convoy.plans[0].devices, most) if len(groups) == 1 else Joint(groups, device, most)
+    fresh = programs.compile_all((() if first else ("held_out",)) + (("start", "begin") if leg.start else ()))
     return Ready(programs, time.perf_counter() - began, fresh)
 
 
@@ -56,6 +56,7 @@ class Ahead:
         self.device = device
         self.workers = workers_for(device) if workers is None else workers
         self.wanted = collections.deque(wanted)
+        self.last: Convoy | None = None  # whose legs were asked for last
         self.started = collections.deque[tuple[tuple[Convoy, Leg], Future[Ready]]]()
         self.pool = ThreadPoolExecutor(self.workers) if self.workers else None
 
@@ -83,5 +84,7 @@ class Ahead:
 
     def _start(self) -> None:
         while self.pool and self.wanted and len(self.started) < self.workers + SPARE:
-            wanted = self.wanted.popleft()
-            self.started.append((wanted, self.pool.submit(build, *wanted, self.device)))
+            convoy, leg = self.wanted.popleft()
+            first = convoy is not self.last
+            self.last = convoy
+            self.started.append(((convoy, leg), self.pool.submit(build, convoy, leg, self.device, first)))

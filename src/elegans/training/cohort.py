@@ -11,9 +11,9 @@ import dataclasses
 import functools
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +22,19 @@ from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
 from elegans.models.base import once
-from elegans.randomness import Purpose, key_for
 from elegans.sources import classes, is_custom
-from elegans.tasks.base import PARTS
-from elegans.tasks.sampling import TaskData, compact, draw_set, prepare
+from elegans.tasks.sampling import TaskData, prepare
 from elegans.training.device import cache_misses, compiler_options
+from elegans.training.evaluation import Evaluation, HeldOut, check_scored, draw_held_out, evaluate
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
-from elegans.training.step import RunData, State, draw_batch, draw_data, logits_of, params_of, start, take, tallies
+from elegans.training.step import RunData, State, draw_batch, draw_data, start, take
 from elegans.training.transfer import depth
 from elegans.types import AnyArray, Example
 
 CHUNK = 256  # steps whose metrics are kept on the device before they travel to the host
 AHEAD = 8  # steps whose batches a device draws at once: its kernels wait for each other, and hardly for their work
 EVALUATIONS = 8  # parts of a cohort that are evaluated apart: where one run of many ends, the others need not be
-BLOCK = 64  # rows evaluated at a time, or a batch where that is more: a small batch leaves a device idle
 
 _TRACING = threading.Lock()  # tracing holds Python's own lock: in turns the first is ready first, all at once all are ready last
 
@@ -89,56 +87,6 @@ def share(runs: Sequence[Run]) -> tuple[TaskData, Any]:
     return jax.tree.unflatten(flat[0][1], arrays), jax.tree.unflatten(flat[0][1], axes)
 
 
-# ---- what one replica does at an evaluation
-
-
-class HeldOut(NamedTuple):
-    """A run's validation and test examples."""
-
-    validation: Example
-    test: Example
-
-
-def draw_held_out(run: Run, task: TaskData) -> HeldOut:
-    """The run's held-out examples: functions of its data seed alone."""
-
-    parts = {"validation": Purpose.VALIDATION, "test": Purpose.TEST}
-    keys = jnp.stack([key_for(run.data_seed, purpose) for purpose in parts.values()])
-    index = jnp.array([PARTS.index(part) for part in parts])
-    rows = jax.vmap(lambda part, key: draw_set(run.task, part, key, run.record.examples, task))(index, keys)
-    both = Example(compact(rows.tokens, run.task.vocab_size), rows.scored)
-    return HeldOut(*(jax.tree.map(lambda a, i=i: a[i], both) for i in range(len(parts))))
-
-
-class Evaluation(NamedTuple):
-    """Scores of one replica on a set of examples; NaN where it scores no token."""
-
-    loss: Float[Array, ""]  # nats per scored token
-    accuracy: Float[Array, ""]  # per scored token
-    exact_match: Float[Array, ""]  # per row
-    position_loss: Float[Array, " position"]  # nats, of predicting the token at each position; NaN where none is scored
-
-
-def evaluate(run: Run, vector: Float[Array, " parameter"], rows: Example) -> Evaluation:
-    """Scores on a set, in blocks so that memory does not grow with the set."""
-    params = params_of(run, vector)
-    total = rows.tokens.shape[0]
-    size = min(max(run.batch, BLOCK), total)
-    padding = -total % size
-    blocks = jax.tree.map(lambda a: jnp.pad(a, [(0, padding), (0, 0)]).reshape(-1, size, a.shape[1]), rows)
-
-    def block(rows: Example) -> tuple[Array, Array, Array, Array]:
-        rows = dataclasses.replace(rows, tokens=rows.tokens.astype(jnp.int32))
-        nats, right, counted, exact = tallies(logits_of(run, params, rows.tokens), rows)
-        return (nats * counted).sum(0), right.sum(), exact.sum(), counted.sum(0)
-
-    nats, right, exact, counted = (x.sum(0) for x in jax.lax.map(block, blocks))
-    some = counted.sum() > 0
-    tokens, whole = (jnp.where(some, jnp.maximum(n, 1), jnp.nan) for n in (counted.sum(), rows.scored.any(1).sum()))
-    by_position = jnp.where(counted > 0, nats / jnp.maximum(counted, 1), jnp.nan)
-    return Evaluation(nats.sum() / tokens, right / tokens, exact / whole, by_position)
-
-
 # ---- the compiled cohort
 
 
@@ -147,11 +95,14 @@ class Programs:
 
     _inherits = False  # whether runs start from their parents' weights
 
-    def __init__(self, runs: Sequence[Run], device: jax.Device, devices: int | None = None):
-        """Programs for runs of one structure on a device; a CPU's cores share them, at most `devices` of them."""
+    def __init__(self, runs: Sequence[Run], device: jax.Device, devices: int | None = None, most: int | None = None):
+        """Programs for runs of one structure on a device; a CPU's cores share them, at most `devices` of them.
+
+        `most`: replicas of the largest program of the convoy, whose smaller ones evaluate as many at a time.
+        """
         task, axes = share(runs)
         self.spread = spread = Spread(devices_for(device, len(runs), devices), len(runs))
-        few = -(-len(runs) // EVALUATIONS)
+        few = evaluated(device, len(runs), most)
         self.few = Spread(devices_for(device, few, devices), few)
         self.runs, self.task = spread.place(stack(runs)), spread.place(task, axes)
         pair: Any = RunData  # of axes, in the shape of the data
@@ -271,14 +222,22 @@ class Programs:
         check_scored(rows)
         return rows
 
+    def held(self, slots: Int[np.ndarray, " slot"]) -> HeldOut:
+        """The held-out examples of some replicas, on the host."""
+        return jax.tree.map(lambda a: np.asarray(a)[slots], self._rows)
+
+    def hold(self, rows: HeldOut) -> None:
+        """Take the runs' held-out examples from another program, which need not be drawn then."""
+        self._rows = self.spread.place(rows)
+
     def compile(self) -> Any:
         """The training program. Raises `Invalid` where custom code branches on a leaf."""
         return self._program("chunk", *self._step_like, np.int32(1))
 
-    def compile_all(self) -> bool:
+    def compile_all(self, without: Container[str] = ()) -> bool:
         """Everything that training and evaluating needs, side by side; whether the persistent cache lacked any of it."""
         with _TRACING:
-            lowered = {name: self._lower(name, *args) for name, args in self._arguments().items()}
+            lowered = {name: self._lower(name, *args) for name, args in self._arguments().items() if name not in without}
         with ThreadPoolExecutor(len(lowered)) as pool:
             made = dict(zip(lowered, pool.map(self._build, lowered.values()), strict=True))
         self._compiled = {name: program for name, (program, _) in made.items()}
@@ -324,11 +283,9 @@ class Programs:
         return each * len(self.spread.devices)  # they are cores of one CPU, or one device
 
 
-def check_scored(rows: HeldOut) -> None:
-    """Raises `Invalid` where some run's set, of arrays [run, row, position], has no scored token."""
-    for part, drawn in rows._asdict().items():
-        if not np.asarray(drawn.scored).any((1, 2)).all():
-            raise Invalid("split", part, "no example of this part was found: lengthen the task, or say split=none")
+def evaluated(device: jax.Device, replicas: int, most: int | None = None) -> int:
+    """Replicas of a program that are evaluated at a time; on a device as many as of the largest program of the convoy."""
+    return -(-(replicas if device.platform == "cpu" or most is None else most) // EVALUATIONS)
 
 
 def taken(tree: Any, index: Int[Array, " replica"]) -> Any:

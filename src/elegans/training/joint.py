@@ -18,11 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from elegans.specs import spec, structure, varies
 from elegans.tasks import Task
-from elegans.training.cohort import EVALUATIONS, HeldOut, Programs, draw_held_out, evaluate, over, resolve, share, stack, taken
-from elegans.training.optimisers import unravel
+from elegans.training.cohort import Programs, evaluated, over, resolve, share, stack, taken
+from elegans.training.evaluation import HeldOut, draw_held_out, evaluate
+from elegans.training.optimisers import ravel, unravel
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
-from elegans.training.step import RunData, State, draw_batch, shapes_of, start, take
+from elegans.training.step import RunData, State, draw_batch, initial, shapes_of, start, take
 from elegans.types import AnyArray, Example
 
 
@@ -54,7 +55,7 @@ class Shared(Task):
 class Joint(Programs):
     """The programs of several groups of runs, each group of one structure, that differ from each other in their task alone."""
 
-    def __init__(self, groups: Sequence[Sequence[Run]], device: jax.Device):
+    def __init__(self, groups: Sequence[Sequence[Run]], device: jax.Device, most: int | None = None):
         tasks = [members[0].task for members in groups]
         vocab, longest = max(task.vocab_size for task in tasks), max(task.positions for task in tasks)
         shared = [
@@ -64,7 +65,7 @@ class Joint(Programs):
         ]
         self.sizes = list(map(len, groups))
         self._shapes, self._own = shapes_of(shared[0]), [shapes_of(resolve(members[0])) for members in groups]
-        few = -(-len(shared) // EVALUATIONS)
+        few = evaluated(device, len(shared), most)
         self.spread, self.few = Spread([device], len(shared), whole=True), Spread(devices_for(device, few, 1), few)
         made = [share(members) for members in groups]
         self._axes = [axes for _, axes in made]
@@ -82,9 +83,16 @@ class Joint(Programs):
 
     # ---- what the program does
 
-    def _started(self, parts: Any) -> State:
-        states = [jax.vmap(start, axis_name="replica")(runs) for runs, _ in parts]
-        return _joined([_fitted(s, own, self._shapes) for s, own in zip(states, self._own, strict=True)])
+    def _started(self, runs: Run, parts: Any) -> State:
+        """Weights of a shape that all tasks share are drawn for all at once, the same as for each: that is most of the program."""
+        wide, treedef = jax.tree.flatten(over(initial, 0)(runs))
+        own = [jax.tree.leaves(over(initial, 0)(members)) for members, _ in parts]
+        ends = np.cumsum(self.sizes)
+        leaves = []
+        for shared, *each in zip(wide, *own, strict=True):
+            drawn = [shared[end - len(w) : end] if w.shape[1:] == shared.shape[1:] else w for w, end in zip(each, ends, strict=True)]
+            leaves.append(jnp.concatenate([_resized(w, shared.shape[1:], jnp) for w in drawn]))
+        return over(start, 0, 0)(runs, jax.vmap(ravel)(jax.tree.unflatten(treedef, leaves)))
 
     def _held_out(self, runs: Run, parts: Any) -> HeldOut:
         del runs
@@ -107,6 +115,9 @@ class Joint(Programs):
         weights = None if rows.weights is None else jnp.pad(rows.weights, beyond)
         return Example(jnp.pad(rows.tokens, beyond, mode="edge"), jnp.pad(rows.scored, beyond), weights=weights)
 
+    def hold(self, rows: HeldOut) -> None:
+        super().hold(jax.tree.map(lambda a: a[..., : self._longest], rows))
+
     # ---- states of each cohort's own, and of all
 
     def join(self, parts: Sequence[State]) -> State:
@@ -126,7 +137,7 @@ class Joint(Programs):
 
     @property
     def _of_start(self) -> tuple[Any, ...]:
-        return (self.task,)
+        return self.runs, self.task
 
 
 def _fitted(tree: Any, own: Any, other: Any, module: Any = jnp) -> Any:

@@ -13,6 +13,7 @@ from elegans.training.ahead import Ahead
 from elegans.training.cohort import CHUNK, Programs
 from elegans.training.convoy import Convoy
 from elegans.training.cost import Leg, flops_per_step
+from elegans.training.evaluation import HeldOut
 from elegans.training.run import Run, When
 from elegans.training.step import State
 
@@ -92,6 +93,7 @@ def train_convoy(
     Untrained runs start from initial weights, or from what `inherit` makes of them. A cohort that has no states ended before the others
     went back: it trains anew beside them, since their bits depend on how many train, and nobody keeps it.
     """
+    held: HeldOut | None = None
     for leg in convoy.legs:
         if leg.stop <= step:
             continue
@@ -106,10 +108,18 @@ def train_convoy(
         else:
             fresh = {} if states.keys() >= set(members) else dict(zip(members, programs.split(programs.start()), strict=True))
             joint = programs.join([states[i] if i in states else fresh[i] for i in members])
+        if held is not None:
+            programs.hold(held)
         joint = yield from _Leg(convoy, leg, programs).train(step, joint)
         step = leg.stop
         if step < convoy.steps:
             states = dict(zip(members, programs.split(joint), strict=True))
+            held = programs.held(_going_on(leg.sizes, next(after.sizes for after in convoy.legs if after.start == step)))
+
+
+def _going_on(sizes: Sequence[int], smaller: Sequence[int]) -> np.ndarray:
+    """Where the first runs of every cohort, so many of each, are among more of them."""
+    return np.concatenate([end - size + np.arange(n) for end, size, n in zip(np.cumsum(sizes), sizes, smaller, strict=True)])
 
 
 class _Schedule:
