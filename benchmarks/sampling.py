@@ -3,7 +3,8 @@
     python benchmarks/sampling.py                                # a GPU: d 64, 4 layers, batch 64, 64 replicas
     python benchmarks/sampling.py --replicas 2 --d-model 16 --batch 8 --dtype float32 --tasks addition,parity
 
-Both are timed in one process: whole training steps (drawing included), and the drawing alone as a loop of the same length.
+Both are timed in one process: whole training steps (drawing included), and the drawing alone as a loop of the same length, of as many
+steps at once as training draws.
 Programs compile in threads beforehand. Prints a Markdown table; the best of three timings each.
 """
 
@@ -22,7 +23,6 @@ import numpy as np
 import elegans as el
 from elegans.specs import find_kind, kinds
 from elegans.tasks import Task
-from elegans.training.ahead import build
 from elegans.training.cohort import Programs
 from elegans.training.device import choose
 from elegans.training.step import RunData, draw_batch
@@ -30,14 +30,14 @@ from elegans.training.step import RunData, draw_batch
 
 def drawing(programs: Programs) -> Any:
     """A program that draws the batches of some steps for every replica, and returns a sum that hangs on all of them."""
-    runs, data = programs.runs, RunData(programs.task)
+    runs, data, ahead = programs.runs, RunData(programs.task), programs.ahead
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
-        rows = jax.vmap(lambda run: draw_batch(run, i, data))(runs)
-        return total + rows.tokens.sum((1, 2)) + rows.scored.sum((1, 2))
+        rows = jax.vmap(lambda step: jax.vmap(lambda run: draw_batch(run, step, data))(runs))(i * ahead + jnp.arange(ahead))
+        return total + rows.tokens.sum((0, 2, 3)) + rows.scored.sum((0, 2, 3))
 
     zero = jnp.zeros(len(jax.tree.leaves(runs)[0]), jnp.int32)
-    return jax.jit(lambda n: jax.lax.fori_loop(0, n, body, zero)).lower(np.int32(1)).compile()
+    return jax.jit(lambda n: jax.lax.fori_loop(0, n // ahead, body, zero)).lower(np.int32(1)).compile()
 
 
 def best(function: Callable[[], Any]) -> float:
@@ -55,14 +55,15 @@ def programs_of(task: Task, asked: argparse.Namespace) -> tuple[Programs, Any]:
     """The training and the drawing program of a cohort on a task."""
     model = el.Transformer(layers=asked.layers, d_model=asked.d_model, heads=4, dtype=asked.dtype)
     runs = el.grid(el.Run(task=task, model=model, batch=asked.batch, steps=10**6), {"seed": range(asked.replicas)})
-    programs = build(runs, choose(asked.device), 1).programs
+    programs = Programs(runs, choose(asked.device), 1)
+    programs.compile_all()
     return programs, drawing(programs)
 
 
 def main() -> None:
     """Parse, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("d-model", 64), ("layers", 4), ("batch", 64), ("replicas", 64), ("steps", 20), ("threads", 7)):
+    for name, default in (("d-model", 64), ("layers", 4), ("batch", 64), ("replicas", 64), ("steps", 24), ("threads", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default=None)

@@ -295,7 +295,7 @@ def test_batches_drawn_ahead_are_those_drawn_in_turn(finite, monkeypatch):
     runs = grid(run, {"seed": range(2), "steps": [9, 6]})
 
     def trained(ahead, chunks):
-        monkeypatch.setattr(Programs, "_ahead", ahead)
+        monkeypatch.setattr(Programs, "ahead", ahead)
         programs, made = Programs(runs, jax.devices("cpu")[0], 1), []
         states, step = programs.start(), 0
         for n in chunks:

@@ -7,9 +7,11 @@ compiler than for its training.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +23,8 @@ from elegans.training.convoy import Convoy
 from elegans.training.cost import Leg
 from elegans.training.joint import Joint
 
+MOST_WORKERS = 8  # programs compiled at a time: side by side with more, those that are needed first would be ready last
+NICE = 10  # of the threads that compile
 SPARE = 2  # programs that may lie ready besides those being compiled
 SWITCH = 5e-4  # seconds for which a thread keeps Python's lock while another wants it: training asks for it often and briefly
 
@@ -44,9 +48,15 @@ def build(convoy: Convoy, leg: Leg, device: jax.Device, first: bool = True) -> R
 
 
 def workers_for(device: jax.Device) -> int:
-    """Threads to compile with: half of the cores; none where training itself needs the cores."""
+    """Threads to compile with: up to half of the cores; none where training itself needs the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if device.platform == "cpu" else max(1, cores // 2)
+    return 0 if device.platform == "cpu" else max(1, min(MOST_WORKERS, cores // 2))
+
+
+def stand_back() -> None:
+    """Let this thread have what cores the others leave: the one that trains launches hundreds of kernels a step."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # of the thread alone, on Linux
 
 
 class Ahead:
@@ -58,7 +68,7 @@ class Ahead:
         self.wanted = collections.deque(wanted)
         self.last: Convoy | None = None  # whose legs were asked for last
         self.started = collections.deque[tuple[tuple[Convoy, Leg], Future[Ready]]]()
-        self.pool = ThreadPoolExecutor(self.workers) if self.workers else None
+        self.pool = ThreadPoolExecutor(self.workers, initializer=stand_back) if self.workers else None
 
     def __enter__(self) -> Ahead:
         self.switch = sys.getswitchinterval()

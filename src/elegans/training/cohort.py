@@ -249,13 +249,13 @@ class Programs:
         return metrics_of(self._draw, self._take, *self._step_like)
 
     @property
-    def _ahead(self) -> int:
+    def ahead(self) -> int:
         """Steps whose batches are drawn at once."""
         return 1 if self._on_cpu else AHEAD
 
     @property
     def _chunk(self) -> Callable:
-        return functools.partial(chunk_of, self._draw, self._take, self._ahead)
+        return functools.partial(chunk_of, self._draw, self._take, self.ahead)
 
     def chunk(self, states: State, step: int, steps: int) -> tuple[State, dict[str, Float[np.ndarray, "step replica"]]]:
         """`steps` optimiser steps (at most CHUNK) from `step`: new states, and the metrics of every step."""
