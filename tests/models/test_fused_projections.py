@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import elegans as el
 from elegans import Attention, LayerNorm, Learned, RMSNorm, Rotary, Transformer
 from elegans.models import fused, fused_attention, fused_projections
-from elegans.models.base import Context, Sizes
 from elegans.models.fused_tokens import Blocks, Formula
-from kernels import BF16, close, kernels_in, kernels_lowered, steps_of, with_and_without
+from kernels import BF16, Louder, by, close, drawn, gradients, kernels_in, kernels_lowered, made, plain, steps_of, with_and_without
 
 CASES = {  # norm, scale, positions, heads, d_model, d_head, bias, length
     "rms": (RMSNorm(), 0.7, Rotary(), 4, 16, 4, False, 18),
@@ -22,40 +20,7 @@ CASES = {  # norm, scale, positions, heads, d_model, d_head, bias, length
 }
 
 
-def made(case, *lead):
-    """Random weights of a block, stacked over `lead`; none is zero or one."""
-    norm, _, _, heads, d, e, bias, _ = case
-    sizes = Sizes(2, 2, d, heads, e, bias, None)
-    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda key: (norm.init(key, sizes), Attention().init(key, sizes)), jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(d), len(leaves))
-    return jax.tree.unflatten(treedef, [jax.random.normal(k, (*lead, *a.shape)) * 0.3 + 0.1 for k, a in zip(keys, leaves, strict=True)])
-
-
-def drawn(*shape):
-    return jax.random.normal(jax.random.key(9), shape, jnp.bfloat16)
-
-
-def plain(case, weights, x):
-    """The components' own formula, in float32."""
-    norm, scale, positions, *_ = case
-    x, context = x.astype(jnp.float32), Context(jnp.arange(2), lambda name, y: y, positions)
-    return x + Attention(scale=scale).apply(weights[1], norm.apply(weights[0], x, context), context)
-
-
-def through(case, weights, x, interpret=True):
-    norm, scale, positions, _, _, e, _, length = case
-    formula = Formula(isinstance(norm, LayerNorm), norm.eps, "")
-    return fused_projections.block(formula, weights, x, scale, positions.angles(length, e), interpret)
-
-
-def gradients(block, weights, x):
-    """Of a loss of rows that share weights: no outputs weigh alike; and what the block gives."""
-
-    def loss(weights, x):
-        y = jax.vmap(block, (None, 0))(weights, x)
-        return (y.astype(jnp.float32) * (2 + jnp.sin(jnp.arange(y.size)).reshape(y.shape))).sum() / len(x), y
-
-    return jax.grad(loss, (0, 1), has_aux=True)(weights, x)
+through = functools.partial(by, fused_projections)
 
 
 @pytest.fixture
@@ -153,14 +118,6 @@ def test_a_model_gives_the_same_through_the_kernels(served, monkeypatch):
     assert np.linalg.norm(np.asarray(through - logits)) < 4 * BF16 * np.linalg.norm(np.asarray(logits))
     for site in ("ln1.0", "q.0", "pattern.0"):
         assert np.array_equal(trace[site], traced[site])
-
-
-@el.spec
-class Louder(Attention):
-    """A component of a user's own, which the kernels cannot know."""
-
-    def apply(self, params, x, context):
-        return 2 * super().apply(params, x, context)
 
 
 @pytest.mark.parametrize(
