@@ -77,7 +77,7 @@ LARGER = {
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in LARGER)])
 def test_values_and_gradients_are_the_formulas(case, blocks):
-    """Rows that fill no block and ones that do, heads that fill no tile and ones that do. A query's rounding counts as much as scores do."""
+    """Rows that fill no block and ones that do, heads that fill no tile and ones that do. A query's rounding counts as scores do."""
     heads, width, length, rows, scale, positions = (CASES | LARGER)[case]
     blocks(rows)
     qkv = drawn(3, length, 3 * heads * width)
