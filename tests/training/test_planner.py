@@ -10,10 +10,9 @@ from elegans import MLP, AdamW, Addition, Attention, FixedAttention, Learned, Pa
 from elegans.errors import Invalid
 from elegans.tasks.sampling import prepare
 from elegans.training import planner
-from elegans.training.cohort import Programs, resolve
+from elegans.training.cohort import AHEAD, Programs, resolve
 from elegans.training.device import choose
-from elegans.training.step import draw_data, start
-from helpers import advance
+from elegans.training.step import draw_batch, draw_data, start, take
 
 RUN = Run(Addition(length=3), Transformer(layers=3, d_model=16, heads=2), AdamW(), batch=8, steps=20)
 STRUCTURES = {
@@ -36,13 +35,15 @@ def made(changes: dict) -> Run:
 
 
 def whole(run: Run) -> int:
-    """Bytes alive at a time in the step as it is trained, every layer by itself, with whatever it calls written out."""
+    """Bytes alive at a time in a step as a device trains it, every layer by itself, with whatever it calls written out."""
     task = prepare(run.task)
     leaves, treedef = jax.tree.flatten(jax.tree.map(np.asarray, resolve(run)))
 
     def step(*leaves):
         run = jax.tree.unflatten(treedef, leaves)
-        return advance(run, start(run), jnp.int32(0), draw_data(run, task))
+        data = draw_data(run, task)
+        batches = jax.vmap(lambda step: draw_batch(run, step, data))(jnp.arange(AHEAD))
+        return take(run, start(run), jnp.int32(0), jax.tree.map(lambda a: a[0], batches)), batches
 
     def alive(jaxpr) -> int:
         """Array by array from its birth to its last use; what is called lives beside that, its results not counted twice."""

@@ -29,7 +29,7 @@ from elegans.training.cohort import AHEAD, group, resolve, traced
 from elegans.training.cost import Rates, flops_per_step, parameters, rates_of, shrink
 from elegans.training.optimisers import AdamW
 from elegans.training.run import Record, Run
-from elegans.training.step import RunData, Update, draw_batch, draw_data, start, take, trained_of
+from elegans.training.step import Update, draw_batch, draw_data, start, take, trained_of
 from elegans.training.transfer import origin
 from elegans.types import Example
 
@@ -199,12 +199,12 @@ def _traced_bytes(run: Run) -> int:
     task, weights = prepare(run.task), parameters(run)
 
     def step(run: Run) -> Any:
-        return take(run, start(run, jnp.zeros(weights)), jnp.int32(0), _first_batch(_drawing(run), task))
+        state, batches = start(run, jnp.zeros(weights)), _first_batches(_drawing(run), task)
+        return take(run, state, jnp.int32(0), jax.tree.map(lambda a: a[0], batches)), batches  # the others wait while a step is taken
 
-    data = jax.eval_shape(draw_data, _drawing(resolve(run)), task)  # an argument of every step
     peak = _peak(traced(run, lambda r: jax.make_jaxpr(step)(r)).jaxpr)
-    ahead = _peak(traced(run, lambda r: jax.make_jaxpr(_batch)(_drawing(r), data)).jaxpr)
-    return peak + (AHEAD - 1) * ahead + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(data))
+    data = jax.eval_shape(draw_data, _drawing(resolve(run)), task)  # an argument of every step
+    return peak + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(data))
 
 
 def _drawing(run: Run) -> Run:
@@ -213,14 +213,10 @@ def _drawing(run: Run) -> Run:
 
 
 @jax.jit
-def _first_batch(run: Run, task: TaskData) -> Example:
-    return _batch(run, draw_data(run, task))
-
-
-@jax.jit
-def _batch(run: Run, data: RunData) -> Example:
-    """Traced once for all runs that draw alike."""
-    return draw_batch(run, jnp.int32(0), data)
+def _first_batches(run: Run, task: TaskData) -> Example:
+    """As many as a device draws at once; traced once for all runs that draw alike."""
+    data = draw_data(run, task)
+    return jax.vmap(lambda step: draw_batch(run, step, data))(jnp.arange(AHEAD))
 
 
 @functools.lru_cache(1024)
