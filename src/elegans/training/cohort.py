@@ -107,8 +107,8 @@ class Programs:
         self.runs, self.task = spread.place(stack(runs)), spread.place(task, axes)
         pair: Any = RunData  # of axes, in the shape of the data
         data = pair(axes, 0)
-        self._draw = over(draw_batch, 0, None, data)
-        self._take = jax.jit(over(take, 0, 0, None, 0), inline=True)  # so that it is traced once
+        self._draw = jax.jit(over(draw_batch, 0, None, data), inline=True)  # so that it is traced once
+        self._take = jax.jit(over(take, 0, 0, None, 0), inline=True)  # as this is
         self._functions = {
             "start": spread.jit(over(start, 0), (0,), 0),
             "begin": spread.jit(over(start, 0, 0), (0, 0), 0),

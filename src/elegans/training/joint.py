@@ -72,7 +72,7 @@ class Joint(Programs):
         self.runs = self.spread.place(stack(shared))
         self.task = self.spread.place(tuple((stack(members), data) for members, (data, _) in zip(groups, made, strict=True)))
         self._longest = longest
-        self._draw, self._take = self._drawn, jax.jit(over(take, 0, 0, None, 0), inline=True)
+        self._draw, self._take = jax.jit(self._drawn, inline=True), jax.jit(over(take, 0, 0, None, 0), inline=True)
         self._functions = {
             "start": jax.jit(self._started),
             "held_out": jax.jit(self._held_out),
