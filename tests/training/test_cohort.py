@@ -7,10 +7,29 @@ import dataclasses
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elegans import AdamW, Addition, Attention, Cosine, Invalid, Run, Split, Transformer, field, grid, replace, spec, varies
+from elegans import (
+    AdamW,
+    Addition,
+    Attention,
+    Cosine,
+    Curriculum,
+    Invalid,
+    Parity,
+    Run,
+    Split,
+    Transformer,
+    Update,
+    field,
+    grid,
+    replace,
+    spec,
+    varies,
+)
+from elegans.tasks.sampling import prepare
 from elegans.training.cohort import CHUNK, Programs, group, resolve, share, stack
 from elegans.training.evaluation import HeldOut, check_scored, evaluate
 from elegans.training.planner import plan
@@ -53,7 +72,11 @@ def programs_for(runs: list[Run]) -> Programs:
 
 def train(runs: list[Run], chunks: tuple[int, ...] = (STEPS,)) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Parameters [replica, parameter], steps of divergence [replica] and metrics [step, replica]."""
-    programs = programs_for(runs)
+    return trained(programs_for(runs), chunks)
+
+
+def trained(programs: Programs, chunks: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """As `train`, by programs at hand."""
     states, step, parts = programs.start(), 0, []
     for steps in chunks:
         states, metrics = programs.chunk(states, step, steps)
@@ -128,6 +151,51 @@ def test_the_length_of_chunks_changes_no_bit(plain, chunks) -> None:
     assert same_bits(params, plain[0])
     for name, values in metrics.items():
         assert same_bits(values, plain[2][name]), name
+
+
+@spec
+class Noting(Update):
+    """Records which step it is, and a number of the batch that it gets."""
+
+    def apply(self, run, state, batch, step, key):
+        state, metrics = super().apply(run, state, batch, step, key)
+        return state, metrics | {"step": step, "mark": mark(batch)}
+
+
+def mark(batch: Example) -> jax.Array:
+    """A number that other rows, scores or weights would change: exact in float32."""
+    places = jnp.arange(1, batch.tokens.size + 1).reshape(batch.tokens.shape)
+    return (places * (batch.tokens + 7 * batch.scored + (0 if batch.weights is None else 2 * batch.weights))).sum()
+
+
+STAGES = (Parity(length=3, shortest=2, final_weight=2.0, split=None), Parity(length=3, final_weight=3.0, split=None))
+DRAWS = {
+    "fresh rows": {},
+    "a finite set": {"train_set": 10},
+    "rows and weights by the share of the run": {"task": Curriculum(tasks=STAGES, ends=(0.4,))},
+}
+
+
+@pytest.mark.parametrize("changes", DRAWS.values(), ids=DRAWS)
+def test_however_many_batches_are_drawn_at_once_every_step_takes_its_own(changes, monkeypatch) -> None:
+    """The rows exactly; the weights to rounding, since another program may add in another order: unoptimised, as here, it does."""
+    runs = [dataclasses.replace(run, update=Noting(), **changes) for run in six()]
+    one_by_one = trained(Programs(runs, jax.devices()[0]), (STEPS,))
+    monkeypatch.setattr(Programs, "ahead", 3)
+    programs = Programs(runs, jax.devices()[0])
+    params, diverged, metrics = trained(programs, (STEPS,))
+    task = prepare(runs[0].task)
+    own = jax.jit(lambda run: jax.lax.map(lambda step: mark(draw_batch(run, step, draw_data(run, task))), jnp.arange(STEPS)))
+    assert np.array_equal(metrics["mark"], np.stack([own(as_arrays(run)) for run in runs], 1))
+    assert np.array_equal(metrics["step"], np.repeat(np.arange(STEPS)[:, None], len(runs), 1))
+    assert all(same_bits(metrics[name], one_by_one[2][name]) for name in ("mark", "step"))
+    assert len(np.unique(metrics["mark"])) > STEPS
+    assert np.allclose(metrics["loss"], one_by_one[2]["loss"], atol=1e-3)  # a learning rate of 0.1 makes 3e-5 of what was 1e-7
+    assert np.allclose(params, one_by_one[0], atol=1e-3)
+    for chunks in ((7, 1, 12), (1,) * STEPS):
+        again = trained(programs, chunks)
+        assert same_bits(again[0], params) and same_bits(again[1], diverged)
+        assert all(same_bits(again[2][name], values) for name, values in metrics.items())
 
 
 def test_training_twice_gives_the_same_bits(plain) -> None:
@@ -286,24 +354,3 @@ def test_a_held_out_set_of_nothing_is_refused_and_scores_nothing():
     with pytest.raises(Invalid, match=r"^split: 'test' "):
         check_scored(sets)
     check_scored(sets._replace(test=sets.validation))
-
-
-@pytest.mark.parametrize("finite", [None, 24], ids=["fresh rows", "a finite set"])
-def test_batches_drawn_ahead_are_those_drawn_in_turn(finite, monkeypatch):
-    """Chunks that end within what was drawn, and go on there, to the bit; drawn one by one: another program, which rounds otherwise."""
-    run = Run(Addition(length=3), Transformer(layers=1, d_model=8, heads=2), batch=8, steps=9, train_set=finite)
-    runs = grid(run, {"seed": range(2), "steps": [9, 6]})
-
-    def trained(ahead, chunks):
-        monkeypatch.setattr(Programs, "ahead", ahead)
-        programs, made = Programs(runs, jax.devices("cpu")[0], 1), []
-        states, step = programs.start(), 0
-        for n in chunks:
-            states, metrics = programs.chunk(states, step, n)
-            made.append(metrics)
-            step += n
-        return [jax.tree.map(np.asarray, states), {name: np.concatenate([m[name] for m in made]) for name in made[0]}]
-
-    whole = trained(4, [9])
-    jax.tree.map(np.testing.assert_array_equal, trained(4, [3, 5, 1]), whole)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), whole, trained(1, [9]))

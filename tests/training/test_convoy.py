@@ -120,6 +120,25 @@ def test_no_program_carries_an_array_as_large_as_a_model():
     assert all(np.size(a) < least for a in captured)
 
 
+def test_however_many_batches_are_drawn_at_once_runs_are_the_same_but_for_rounding_and_chunks_change_no_bit(monkeypatch):
+    groups = [[r for r in runs() if r.task == task] for task in TASKS]
+
+    def trained(programs, *chunks):
+        states, step, parts = programs.start(), 0, []
+        for steps in chunks:
+            states, metrics = programs.chunk(states, step, steps)
+            parts, step = [*parts, metrics], step + steps
+        return [*jax.tree.leaves(states), *(np.concatenate([part[name] for part in parts]) for name in programs.metrics)]
+
+    one_by_one = trained(Joint(groups, jax.devices()[0]), 11)
+    monkeypatch.setattr(Programs, "ahead", 3)
+    programs = Joint(groups, jax.devices()[0])
+    together = trained(programs, 11)
+    for a, b, c in zip(together, one_by_one, trained(programs, 4, 7), strict=True):
+        assert np.allclose(a, b, rtol=1e-3, atol=2e-4, equal_nan=True)
+        assert np.array_equal(a, c, equal_nan=True)
+
+
 def test_a_task_s_predictions_are_among_its_symbols(together):
     """A model of 21 symbols knows only two digits where the task has no more: else an untrained loss would be near ln 21."""
     programs = Joint([[r for r in runs() if r.task == task] for task in TASKS], jax.devices()[0])
