@@ -164,7 +164,7 @@ SLOW = [(2, 1), (2, 3), (6, 1), (6, 2), (6, 3), (12, 2), (14, 1), (24, 1)]
 
 @pytest.mark.parametrize(("step", "closed"), [(12, 1), *(pytest.param(*at, marks=pytest.mark.slow) for at in SLOW)])
 def test_killed_between_any_two_files_it_goes_on_to_the_same_bits(step, closed, together, tmp_path, monkeypatch):
-    """After so many cohorts have their checkpoint of a step and the others of the convoy have not; a cohort ends at step 6, and one at 12."""
+    """After so many cohorts have their checkpoint of a step and the others of the convoy have not; one ends at step 6, one at 12."""
     count, close = itertools.count(1), Writer.close
 
     def stops(self, diverged):
