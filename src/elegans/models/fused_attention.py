@@ -323,15 +323,19 @@ def _call(plan: Plan, kernel: Any, row: dict[str, Any], out: dict[str, jax.Shape
     )(row)
 
 
+def swapped(a: Array, d_head: int) -> Array:
+    """Columns of heads side by side, each head's (a, b) as (-b, a)."""
+    pairs = a.reshape(*a.shape[:-1], -1, 2, d_head // 2)
+    return (jnp.flip(pairs, -2) * jnp.array([[-1.0], [1.0]])).reshape(a.shape)
+
+
 def _turned(plan: Plan, qkv: Array, factor: Array, tables: tuple[Array, ...]) -> Array:
     """A row with its queries and keys turned, and queries such that products with keys are exponents of 2."""
     x = qkv.reshape(plan.length, 3, plan.heads, plan.d_head).astype(jnp.float32)
     if tables:
         cos, sin = (a[: plan.length, None, None, : plan.d_head] for a in tables[:2])
-        pairs = x.reshape(*x.shape[:-1], 2, -1)
-        swapped = (jnp.flip(pairs, -2) * jnp.array([[-1.0], [1.0]])).reshape(x.shape)  # (-b, a)
         kept = jnp.array([False, False, True])[:, None, None]
-        x = jnp.where(kept, x, x * cos + swapped * sin)
+        x = jnp.where(kept, x, x * cos + swapped(x, plan.d_head) * sin)
     return (x * jnp.stack([factor[0], *jnp.ones(2)])[:, None, None]).astype(qkv.dtype).reshape(qkv.shape)
 
 

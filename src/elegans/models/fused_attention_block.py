@@ -20,11 +20,10 @@ from jaxtyping import Array, Float
 
 from elegans.models import fused
 from elegans.models.fused import dot
-from elegans.models.fused_attention import Blocks, Plan, Program, diagonal
-from elegans.models.fused_tokens import Formula, norm, through_norm
+from elegans.models.fused_attention import TABLES, Blocks, Plan, Program, diagonal
+from elegans.models.fused_tokens import Formula, norm, padded, through_norm
 
 LONGEST, WIDEST_HEAD = 64, 32  # positions and d_head above which registers do not hold a row
-TABLES = "cos", "sin", "swap"
 NARROWEST, WIDEST = 33, 64  # d_model: narrower models are quicker in `fused_projections.py`, and above 64 registers do not hold a row
 BLOCKS = Blocks(rows=64, warps=4)  # eight warps or one stage take 1.1 to 3 times as long
 
@@ -45,11 +44,11 @@ class _Plan(Plan):
     @property
     def width(self) -> int:
         """d_model, padded: a power of two, and no less than a product can take."""
-        return max(16, 1 << (self.d - 1).bit_length())
+        return padded(self.d)
 
     @property
     def blocks(self) -> Blocks:
-        return dataclasses.replace(BLOCKS, rows=min(BLOCKS.rows, max(16, 1 << (self.length - 1).bit_length())))
+        return dataclasses.replace(BLOCKS, rows=min(BLOCKS.rows, padded(self.length)))
 
     def named(self, operands: tuple[Array, ...]) -> dict[str, Array]:
         return dict(zip(self.names, operands, strict=True))

@@ -43,9 +43,16 @@ class _Plan(fused_tokens.Plan):
         return {}, (block.read("dqkv", at),)
 
 
-def fits(d: int, d_head: int) -> bool:
-    """Whether the kernels serve models of this size."""
+def fits(length: int, d: int, d_head: int) -> bool:
+    """Whether the kernels serve models of this size, with rows of any length."""
+    del length
     return d <= WIDEST and BLOCKS[padded(d)].tile % d_head == 0
+
+
+def side_by_side(attn: dict[str, Array]) -> tuple[Array, Array | None]:
+    """Weights of queries | keys | values of all heads, [d_model, column], and their biases, if there are any."""
+    w = jnp.concatenate([attn[f"W_{n}"].swapaxes(0, 1).reshape(attn["W_Q"].shape[1], -1) for n in "QKV"], 1)
+    return w, jnp.concatenate([attn[f"b_{n}"].reshape(-1) for n in "QKV"]) if "b_Q" in attn else None
 
 
 def _project_kernel(plan: _Plan, tall: Any, w: Any, out: Any) -> None:
@@ -84,19 +91,13 @@ def _project_kernel(plan: _Plan, tall: Any, w: Any, out: Any) -> None:
 # ---- calling them
 
 
-def _swapped(plan: _Plan, a: Array) -> Array:
-    """Columns [..., queries | keys | values] such that each head's (a, b) are (-b, a)."""
-    pairs = a.reshape(*a.shape[:-1], -1, 2, plan.heads.d_head // 2)
-    return (jnp.flip(pairs, -2) * jnp.array([[-1.0], [1.0]])).reshape(a.shape)
-
-
 def _weights(plan: _Plan, named: dict[str, Array]) -> dict[str, Array]:
     """What projects: weights for queries whose products with keys are exponents of 2, and those of turned rows."""
     factors = jnp.repeat(jnp.stack([named["factor"][0], *jnp.ones(2)]), plan.f // 3)
     scaled = {n: a * factors if n in ("W_in", "b_in") else a for n, a in named.items() if n in plan.names}
     w = plan.pad(tuple(scaled[n] for n in plan.names))
     if "cos" in named:
-        swapped = plan.pad(tuple(_swapped(plan, a) if n in ("W_in", "b_in") else a for n, a in scaled.items()))
+        swapped = plan.pad(tuple(fused_attention.swapped(a, plan.heads.d_head) if n in ("W_in", "b_in") else a for n, a in scaled.items()))
         w |= {n.replace("in", "swapped"): a for n, a in swapped.items() if n in ("W_in", "b_in")}
         width, tile = plan.heads.d_head, plan.blocks.tile
         w |= {n: jnp.tile(named[n][: plan.heads.length, :width], (1, tile // width)) for n in ("cos", "sin")}
@@ -145,9 +146,8 @@ def block(
     """x + attention(norm(x)) with the weights of both, x in bfloat16; `scale` and `angles` as in `fused_attention.attention`."""
     norms, attn = weights
     h, d, e = attn["W_Q"].shape
-    operands = norms | {"W_in": jnp.concatenate([attn[f"W_{n}"].swapaxes(0, 1).reshape(d, h * e) for n in "QKV"], 1)}
-    if "b_Q" in attn:
-        operands["b_in"] = jnp.concatenate([attn[f"b_{n}"].reshape(-1) for n in "QKV"])
+    w, b = side_by_side(attn)
+    operands = norms | {"W_in": w, **({} if b is None else {"b_in": b})}
     names = tuple(name for name in _Plan.axes if name in operands)
     heads = fused_attention.Plan(x.shape[0], h, e, interpret)
     operands |= {"W_out": attn["W_O"].reshape(h * e, d), **({"b_out": attn["b_O"]} if "b_O" in attn else {})}

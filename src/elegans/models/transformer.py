@@ -104,10 +104,7 @@ class Attention(Mixer):
 
     def _project(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position projected"]:
         """Queries | keys | values of all heads, in one product, which is one large kernel instead of three."""
-        h, d, e = params["W_Q"].shape
-        w = jnp.concatenate([params[n].swapaxes(0, 1).reshape(d, h * e) for n in ("W_Q", "W_K", "W_V")], 1)
-        b = jnp.concatenate([params[n].reshape(-1) for n in ("b_Q", "b_K", "b_V")]) if "b_Q" in params else None
-        return _linear(x, w, b, context)
+        return _linear(x, *fused_projections.side_by_side(params), context)
 
 
 def _heads_out(params: Params, z: Float[Array, "position head d_head"], context: Context) -> Float[Array, "position d_model"]:
@@ -367,10 +364,10 @@ class Transformer(Model):
     def _attention_kernel(self, mixer: Mixer, x: Array, context: Context) -> Callable[..., Array] | None:
         """The same for attention: the kernel, of weights and x."""
         formula, positions, e = self._formula(x, context, fused_projections.WIDEST), context.positions, self._d_head
-        kernel = fused_attention_block if fused_attention_block.fits(*x.shape, e) else fused_projections
-        knows = type(mixer) is Attention and not self.skip and (kernel is fused_attention_block or fused_projections.fits(self.d_model, e))
+        kernel = next((kernel for kernel in (fused_attention_block, fused_projections) if kernel.fits(*x.shape, e)), None)
+        knows = type(mixer) is Attention and not self.skip
         bias = None if positions is None else positions.bias(x.shape[0], self.heads)
-        if not (formula and knows and isinstance(mixer, Attention) and bias is None and fused_attention.knows(positions, x, e)):
+        if not (formula and kernel and knows and isinstance(mixer, Attention) and bias is None and fused_attention.knows(positions, x, e)):
             return None
         angles = None if positions is None else positions.angles(x.shape[0], e)
         return lambda weights, x: kernel.block(formula, weights, x, mixer.scale, angles)

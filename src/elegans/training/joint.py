@@ -122,33 +122,33 @@ class Joint(Programs):
 
     def join(self, parts: Sequence[State]) -> State:
         cut = [jax.tree.map(lambda a, n=n: np.asarray(a)[:n], part) for part, n in zip(parts, self.sizes, strict=True)]
-        return self.spread.place(_joined([_fitted(part, own, self._shapes, np) for part, own in zip(cut, self._own, strict=True)], np))
+        return self.spread.place(_joined([_fitted(part, own, self._shapes) for part, own in zip(cut, self._own, strict=True)], np))
 
     def split(self, states: State) -> list[State]:
         host = jax.tree.map(np.asarray, states)
         ends = np.cumsum(self.sizes)
         parts = [jax.tree.map(lambda a, end=end, size=size: a[end - size : end], host) for end, size in zip(ends, self.sizes, strict=True)]
-        return [_fitted(part, self._shapes, own, np) for part, own in zip(parts, self._own, strict=True)]
+        return [_fitted(part, self._shapes, own) for part, own in zip(parts, self._own, strict=True)]
 
     def vectors(self, params: Float[AnyArray, "replica parameter"], slots: Int[np.ndarray, " slot"]) -> list[tuple[np.ndarray, np.ndarray]]:
         host, home = np.asarray(params), np.repeat(np.arange(len(self.sizes)), self.sizes)[slots]
         here = [(slots[home == i], own) for i, own in enumerate(self._own) if (home == i).any()]
-        return [(found, _fitted(host[found], self._shapes, own, np)) for found, own in here]
+        return [(found, _fitted(host[found], self._shapes, own)) for found, own in here]
 
     @property
     def _of_start(self) -> tuple[Any, ...]:
         return self.runs, self.task
 
 
-def _fitted(tree: Any, own: Any, other: Any, module: Any = jnp) -> Any:
-    """A tree whose vectors [replica, parameter] of a model become those of one of other shapes: zeros at every weight's ends, or less."""
+def _fitted(tree: Any, own: Any, other: Any) -> Any:
+    """A tree on the host, vectors [replica, parameter] of a model made those of one of other shapes: zeros at weights' ends, or less."""
     size = sum(w.size for w in jax.tree.leaves(own))
 
     def fit(a: Any) -> Any:
         if not (a.ndim == 2 and a.shape[1] == size):
             return a
         weights = zip(jax.tree.leaves(unravel(a, own)), jax.tree.leaves(other), strict=True)
-        return module.concatenate([_resized(w, to.shape, module).reshape(len(a), -1) for w, to in weights], 1)
+        return np.concatenate([_resized(w, to.shape, np).reshape(len(a), -1) for w, to in weights], 1)
 
     return jax.tree.map(fit, tree)
 
