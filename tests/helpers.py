@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from elegans import Run, Spec
 from elegans.training.cohort import stack
-from elegans.training.optimisers import path_name
 from elegans.training.step import draw_batch, take
+from elegans.training.vectors import path_name
 
 
 def as_arrays(run: Run) -> Run:

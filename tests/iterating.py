@@ -14,7 +14,7 @@ from elegans.tasks import Parity
 from elegans.tasks.base import Task
 from elegans.tasks.sampling import draw_set, prepare
 from elegans.training import Run
-from elegans.training.optimisers import ravel
+from elegans.training.vectors import ravel
 from elegans.types import Example, Truth
 
 XOR, COPY = np.array([[0, 1], [1, 0]]), np.array([[0, 1], [0, 1]])

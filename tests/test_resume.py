@@ -127,7 +127,7 @@ def test_only_a_program_rebuilt_amid_what_it_trains_counts_as_recompiled(tmp_pat
             writer.write(event)
         return cohort.status()["recompiled"]
 
-    saved = Checkpoint(first.stop, [0], lambda: [nothing])
+    saved = Checkpoint(first.stop, [0], [nothing.diverged], lambda: [nothing])
     assert not recompiled(0, Compiled(0, first.size, 1, 0, True), saved, Compiled(first.stop, 1, 1, 0, True))
     assert not recompiled(first.stop, Compiled(first.stop, last.size, 1, 0, True))
     assert not recompiled(first.stop + 1, Compiled(first.stop + 1, last.size, 1, 0, False))

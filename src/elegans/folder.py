@@ -247,7 +247,7 @@ class Writer:
             arrays = weights_to_arrays(self.run, event.vectors)
             write_arrays(self.cohort.path / f"weights-{event.step:010d}.safetensors", arrays, {"runs": json.dumps(event.runs)})
         elif isinstance(event, Checkpoint) and member in event.members:
-            self._checkpoint(event.step, event.split()[event.members.index(member)])
+            self._checkpoint(event, event.members.index(member))
         elif isinstance(event, Compiled) and event.fresh and event.step == self.resumed and event.step not in {0, *self.stops}:
             self.rebuilt()  # in the middle of a segment: what was trained of it was by another program
 
@@ -255,7 +255,8 @@ class Writer:
         """Note that the cohort goes on with another program than it was planned for."""
         self._update_status(recompiled=True)
 
-    def _checkpoint(self, step: int, states: State) -> None:
+    def _checkpoint(self, event: Checkpoint, place: int) -> None:
+        step = event.step
         for table, parts in self.rows.items():
             if parts:
                 path = self.cohort.path / f"{table}-{self.step:010d}-{step:010d}.parquet"
@@ -265,9 +266,9 @@ class Writer:
         if self.run.kept_steps or step != max(self.stops):  # else nobody needs the last state
             state = self.cohort.path / f"state-{step:010d}.safetensors"
             write_json(_parts(state), self.digests)  # apart from the state, whose bytes do not hang on when others were written
-            write_arrays(state, state_to_arrays(self.run, states), {})
+            write_arrays(state, state_to_arrays(self.run, event.split()[place]), {})
         self.step = step
-        self.close(states.diverged)
+        self.close(event.diverged[place])
 
     def close(self, diverged: AnyArray) -> None:
         """Bring the folder in order after a checkpoint was written, now or just before the process was killed.

@@ -29,7 +29,7 @@ from elegans.tasks.checks import check_custom
 from elegans.training.ahead import Ahead, workers_for
 from elegans.training.cohort import Programs, group, resolve
 from elegans.training.convoy import Convoy, divide, form, gather, in_turn
-from elegans.training.cost import flops_per_step, rates_of
+from elegans.training.cost import flops_per_step, parameters, rates_of
 from elegans.training.device import choose, memory_budget, provenance, within_memory
 from elegans.training.planner import CohortPlan, plan
 from elegans.training.run import Run, unseeded
@@ -38,6 +38,7 @@ from elegans.training.transfer import depth, lineage
 
 Listener = Callable[[str, Any], None]  # (stage, detail)
 CHECKPOINT_SHARE = 0.05  # of the time may go into writing states to resume from
+WRITING = 5e8  # bytes of states a second, until the first were written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,19 +359,22 @@ def _train(store: Store, cohorts: Sequence[Cohort], convoy: Convoy, ahead: Ahead
     for writer in () if convoy.whole else writers.values():
         writer.rebuilt()
     listener("convoy", (convoy, step))
-    rest = 0.0  # no checkpoint before then, but for those that hold the last state of some run
+    size = sum(12 * parameters(plan.runs[0]) * len(plan.runs) for plan in convoy.plans)  # bytes of weights and moments
+    rest = time.monotonic() + size / WRITING / CHECKPOINT_SHARE  # no checkpoint before, but of those cohorts that must have one:
     kept = bool(convoy.runs[0].kept_steps)
-    ends = {s.stop for p in convoy.plans for s in p.segments} if kept else {p.steps for p in convoy.plans}
+    ends = [{s.stop for s in plan.segments} if kept else {plan.steps} for plan in convoy.plans]
     began, spent = time.perf_counter(), dict.fromkeys(("training", "compiling", "ahead"), 0.0)
     homes = {line["run"]: cohort for cohort in store.cohorts() for line in cohort.lines()} if depth(convoy.runs[0]) else {}
     inherit = functools.partial(inherit_from, homes, convoy.runs) if homes else None
     for event in train_convoy(convoy, ahead, step, states, inherit):
         late, now = time.monotonic() > until, time.monotonic()
-        if isinstance(event, Checkpoint) and not (late or now > rest or event.step in ends):
+        every = late or now > rest
+        writing = [i for i in writers if every or not isinstance(event, Checkpoint) or event.step in ends[i]]
+        for i in writing:
+            writers[i].write(event, i)
+        if not writing:
             continue
-        for i, writer in writers.items():
-            writer.write(event, i)
-        if isinstance(event, Checkpoint):
+        if isinstance(event, Checkpoint) and every:
             rest = time.monotonic() + (time.monotonic() - now) / CHECKPOINT_SHARE
         elif isinstance(event, Progress):
             spent["training"] += event.seconds

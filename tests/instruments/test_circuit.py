@@ -17,7 +17,7 @@ from elegans.specs import spec
 from elegans.tasks import Addition, BinaryCopy, Curriculum, Mixture, Parity
 from elegans.tasks.sampling import draw_set, prepare
 from elegans.training import Run
-from elegans.training.optimisers import ravel
+from elegans.training.vectors import ravel
 from elegans.types import Example, Truth
 from iterating import NETWORKS, RUNS, TASK, held_out, measured
 

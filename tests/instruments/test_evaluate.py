@@ -15,7 +15,7 @@ from elegans.specs import spec
 from elegans.tasks import Addition, BinaryCopy, Mixture, Parity
 from elegans.tasks.sampling import draw_set, prepare
 from elegans.training import Run, follow
-from elegans.training.optimisers import ravel
+from elegans.training.vectors import ravel
 from iterating import MODEL, PERFECT, RUNS, TASK, measured
 
 ROWS = 64

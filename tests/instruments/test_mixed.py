@@ -14,7 +14,7 @@ from elegans.store import Store
 from elegans.tasks import Addition, Parity
 from elegans.training import Run
 from elegans.training.cohort import resolve
-from elegans.training.optimisers import ravel
+from elegans.training.vectors import ravel
 
 MODEL = Transformer(layers=2, d_model=8, heads=1)
 WITH = Run(Parity(length=3, shortest=1, split=None), MODEL, steps=1)

@@ -39,10 +39,10 @@ from elegans.tasks.sampling import prepare as prepare_task
 from elegans.training.cohort import group, resolve
 from elegans.training.convoy import divide
 from elegans.training.cost import parameters
-from elegans.training.optimisers import ravel
 from elegans.training.step import draw_data, initial, params_of, start
 from elegans.training.train import Checkpoint
 from elegans.training.transfer import depth, inherited, lineage
+from elegans.training.vectors import ravel
 from helpers import advance, as_arrays
 from running import elegans
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elegans import MLP, SGD, WSD, AdamW, Constant, Cosine, LayerNorm, Learned, Linear, Lion, Optimizer, Schedule, Transformer
-from elegans.training.optimisers import path_name, ravel, unravel
+from elegans.training.vectors import path_name, ravel, unravel
 
 STEPS = 20
 SHAPES = {"W": (3, 4), "b": (5,), "heads": (2, 3, 2)}  # tree order: by name; b is no matrix

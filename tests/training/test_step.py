@@ -14,8 +14,8 @@ from elegans.randomness import shuffled_index
 from elegans.tasks.sampling import prepare
 from elegans.training.cohort import resolve
 from elegans.training.evaluation import evaluate
-from elegans.training.optimisers import ravel
 from elegans.training.step import RunData, State, draw_batch, draw_data, params_of, scores, start
+from elegans.training.vectors import ravel
 from elegans.types import Example
 from helpers import advance, as_arrays
 

@@ -11,9 +11,9 @@ import pytest
 from elegans import AdamW, Addition, Invalid, Learned, Run, Transformer, Update, grid, spec
 from elegans.tasks.sampling import prepare
 from elegans.training.cohort import resolve
-from elegans.training.optimisers import path_name
 from elegans.training.planner import plan
 from elegans.training.step import draw_batch, draw_data, mask_of, params_of, scores, start, trained_of
+from elegans.training.vectors import path_name
 from helpers import advance, as_arrays
 
 MODEL = Transformer(layers=2, d_model=8, heads=2, position=Learned())

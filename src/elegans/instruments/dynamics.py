@@ -12,9 +12,9 @@ from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
 from elegans.instruments.patterns import by_length, heads_of, length_axis, maps_of
 from elegans.specs import field, spec
 from elegans.tasks.sampling import TaskData, draw_set
-from elegans.training.optimisers import path_name
 from elegans.training.run import Run
 from elegans.training.step import logits_of, shapes_of, token_losses
+from elegans.training.vectors import path_name
 from elegans.types import Example
 
 

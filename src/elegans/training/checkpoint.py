@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from elegans.training.optimisers import path_name
 from elegans.training.run import Run
 from elegans.training.step import State, params_of, shapes_of
+from elegans.training.vectors import path_name
 from elegans.types import AnyArray
 
 WEIGHTS, OPTIM, DIVERGED = "weights.", "optim.", "diverged"

@@ -28,8 +28,9 @@ from elegans.training.device import cache_misses, compiler_options
 from elegans.training.evaluation import Evaluation, HeldOut, check_scored, draw_held_out, evaluate
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
-from elegans.training.step import RunData, State, draw_batch, draw_data, start, take
+from elegans.training.step import RunData, State, draw_batch, draw_data, shapes_of, start, take
 from elegans.training.transfer import depth
+from elegans.training.vectors import refitted
 from elegans.types import AnyArray, Example
 
 CHUNK = 256  # steps whose metrics are kept on the device before they travel to the host
@@ -101,6 +102,7 @@ class Programs:
         `most`: replicas of the largest program of the convoy, whose smaller ones evaluate as many at a time.
         """
         task, axes = share(runs)
+        self.shapes = shapes_of(resolve(runs[0]))  # of one replica's weights, as the programs have them
         self.spread = spread = Spread(devices_for(device, len(runs), devices), len(runs))
         few = evaluated(device, len(runs), most)
         self.few = Spread(devices_for(device, few, devices), few)
@@ -197,6 +199,11 @@ class Programs:
     def join(self, parts: Sequence[State]) -> State:
         """The states of the first replicas of every cohort in the program, from those of as many or more of each."""
         return self.place(*parts)
+
+    def go_on(self, before: Programs, states: State, slots: Int[np.ndarray, " slot"]) -> State:
+        """The states of some replicas of a larger program, which do not leave the device, and their held-out examples."""
+        self.hold(before.held(slots))
+        return jax.tree.map(lambda a: refitted(self.spread.take(a, slots), before.shapes, self.shapes), states)  # in turn: less memory
 
     def split(self, states: State) -> list[State]:
         """The states of every cohort in the program, each with its own model's parameters."""

@@ -20,10 +20,10 @@ from elegans.specs import spec, structure, varies
 from elegans.tasks import Task
 from elegans.training.cohort import Programs, evaluated, over, resolve, share, stack, taken
 from elegans.training.evaluation import HeldOut, draw_held_out, evaluate
-from elegans.training.optimisers import ravel, unravel
 from elegans.training.run import Run
 from elegans.training.spread import Spread, devices_for
 from elegans.training.step import RunData, State, draw_batch, initial, shapes_of, start, take
+from elegans.training.vectors import ravel, refitted, resized
 from elegans.types import AnyArray, Example
 
 
@@ -64,7 +64,7 @@ class Joint(Programs):
             for run in members
         ]
         self.sizes = list(map(len, groups))
-        self._shapes, self._own = shapes_of(shared[0]), [shapes_of(resolve(members[0])) for members in groups]
+        self.shapes, self._own = shapes_of(shared[0]), [shapes_of(resolve(members[0])) for members in groups]
         few = evaluated(device, len(shared), most)
         self.spread, self.few = Spread([device], len(shared), whole=True), Spread(devices_for(device, few, 1), few)
         made = [share(members) for members in groups]
@@ -91,7 +91,7 @@ class Joint(Programs):
         leaves = []
         for shared, *each in zip(wide, *own, strict=True):
             drawn = [shared[end - len(w) : end] if w.shape[1:] == shared.shape[1:] else w for w, end in zip(each, ends, strict=True)]
-            leaves.append(jnp.concatenate([_resized(w, shared.shape[1:], jnp) for w in drawn]))
+            leaves.append(jnp.concatenate([resized(w, shared.shape[1:]) for w in drawn]))
         return over(start, 0, 0)(runs, jax.vmap(ravel)(jax.tree.unflatten(treedef, leaves)))
 
     def _held_out(self, runs: Run, parts: Any) -> HeldOut:
@@ -122,43 +122,22 @@ class Joint(Programs):
 
     def join(self, parts: Sequence[State]) -> State:
         cut = [jax.tree.map(lambda a, n=n: np.asarray(a)[:n], part) for part, n in zip(parts, self.sizes, strict=True)]
-        return self.spread.place(_joined([_fitted(part, own, self._shapes) for part, own in zip(cut, self._own, strict=True)], np))
+        return self.spread.place(_joined([refitted(part, own, self.shapes) for part, own in zip(cut, self._own, strict=True)], np))
 
     def split(self, states: State) -> list[State]:
         host = jax.tree.map(np.asarray, states)
         ends = np.cumsum(self.sizes)
         parts = [jax.tree.map(lambda a, end=end, size=size: a[end - size : end], host) for end, size in zip(ends, self.sizes, strict=True)]
-        return [_fitted(part, self._shapes, own) for part, own in zip(parts, self._own, strict=True)]
+        return [refitted(part, self.shapes, own) for part, own in zip(parts, self._own, strict=True)]
 
     def vectors(self, params: Float[AnyArray, "replica parameter"], slots: Int[np.ndarray, " slot"]) -> list[tuple[np.ndarray, np.ndarray]]:
         host, home = np.asarray(params), np.repeat(np.arange(len(self.sizes)), self.sizes)[slots]
         here = [(slots[home == i], own) for i, own in enumerate(self._own) if (home == i).any()]
-        return [(found, _fitted(host[found], self._shapes, own)) for found, own in here]
+        return [(found, refitted(host[found], self.shapes, own)) for found, own in here]
 
     @property
     def _of_start(self) -> tuple[Any, ...]:
         return self.runs, self.task
-
-
-def _fitted(tree: Any, own: Any, other: Any) -> Any:
-    """A tree on the host, vectors [replica, parameter] of a model made those of one of other shapes: zeros at weights' ends, or less."""
-    size = sum(w.size for w in jax.tree.leaves(own))
-
-    def fit(a: Any) -> Any:
-        if not (a.ndim == 2 and a.shape[1] == size):
-            return a
-        weights = zip(jax.tree.leaves(unravel(a, own)), jax.tree.leaves(other), strict=True)
-        return np.concatenate([_resized(w, to.shape, np).reshape(len(a), -1) for w, to in weights], 1)
-
-    return jax.tree.map(fit, tree)
-
-
-def _resized(w: Any, shape: tuple[int, ...], module: Any) -> Any:
-    """A weight [replica, ...], cut or padded with zeros at its ends."""
-    if w.shape[1:] == shape:
-        return w
-    w = w[:, *map(slice, shape)]
-    return module.pad(w, [(0, 0), *((0, to - n) for n, to in zip(w.shape[1:], shape, strict=True))])
 
 
 def _joined(trees: Sequence[Any], module: Any = jnp) -> Any:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from elegans.errors import Invalid
 from elegans.specs import Spec, field, spec, varies
+from elegans.training.vectors import path_name, ravel
 from elegans.types import AnyArray
 
 Scalar = Any  # a number, or a traced one
@@ -87,24 +88,6 @@ class WSD(Schedule):
 
     def shape(self, t: Float[Array, ""]) -> Float[Array, ""]:
         return 1 + (self.end - 1) * jnp.clip((t - (1 - self.decay)) / self.decay, 0, 1)
-
-
-def ravel(tree: Any) -> Float[Array, " parameter"]:
-    """All parameters as one vector, in tree order. Updating one vector is one kernel, not one for every matrix."""
-    return jnp.concatenate([w.reshape(-1) for w in jax.tree.leaves(tree)])
-
-
-def unravel(vector: Float[AnyArray, "*lead parameter"], like: Any) -> Any:
-    """The tree of a vector, or of many along leading axes; `like` has the shapes of one. Works on NumPy arrays too."""
-    leaves, treedef = jax.tree.flatten(like)
-    ends = np.cumsum([w.size for w in leaves])
-    parts = [vector[..., end - w.size : end].reshape(*vector.shape[:-1], *w.shape) for w, end in zip(leaves, ends, strict=True)]
-    return jax.tree.unflatten(treedef, parts)
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A pytree path as dotted text: `blocks.0.attn.W_Q`."""
-    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 class Updated(NamedTuple):

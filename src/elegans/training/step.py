@@ -16,7 +16,7 @@ from elegans.errors import Invalid
 from elegans.randomness import Purpose, key_for, shuffled_index
 from elegans.specs import Spec, spec
 from elegans.tasks.sampling import TaskData, compact, draw_set, train_batch
-from elegans.training.optimisers import path_name, ravel, unravel
+from elegans.training.vectors import path_name, ravel, unravel
 from elegans.types import AnyArray, Example
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from elegans.training.ahead import Ahead
 from elegans.training.cohort import CHUNK, Programs
 from elegans.training.convoy import Convoy
 from elegans.training.cost import Leg, flops_per_step
-from elegans.training.evaluation import HeldOut
 from elegans.training.run import Run, When
 from elegans.training.step import State
 
@@ -45,7 +44,8 @@ class Checkpoint:
 
     step: int
     members: list[int]  # which of the convoy's cohorts
-    split: Callable[[], list[State]]  # their states
+    diverged: list[np.ndarray]  # of each, by replica, as in `State`
+    split: Callable[[], list[State]]  # their states; those of wide models take seconds to leave a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def train_convoy(
     Untrained runs start from initial weights, or from what `inherit` makes of them. A cohort that has no states ended before the others
     went back: it trains anew beside them, since their bits depend on how many train, and nobody keeps it.
     """
-    held: HeldOut | None = None
+    before: tuple[Programs, State, np.ndarray] | None = None  # what has trained so far, and the replicas of it that go on
     for leg in convoy.legs:
         if leg.stop <= step:
             continue
@@ -102,19 +102,19 @@ def train_convoy(
         ready = ahead.take(convoy, leg)
         programs, members = ready.programs, convoy.members(leg)
         yield Compiled(step, sum(leg.sizes), time.perf_counter() - began, ready.seconds, ready.fresh)
-        if states is None:
+        if before is not None:
+            joint = programs.go_on(*before)
+        elif states is None:
             joint = programs.start()
             joint = programs.begin(inherit(np.asarray(joint.params))) if inherit else joint
         else:
             fresh = {} if states.keys() >= set(members) else dict(zip(members, programs.split(programs.start()), strict=True))
             joint = programs.join([states[i] if i in states else fresh[i] for i in members])
-        if held is not None:
-            programs.hold(held)
+        before = states = None  # their memory is free for training
         joint = yield from _Leg(convoy, leg, programs).train(step, joint)
         step = leg.stop
         if step < convoy.steps:
-            states = dict(zip(members, programs.split(joint), strict=True))
-            held = programs.held(_going_on(leg.sizes, next(after.sizes for after in convoy.legs if after.start == step)))
+            before = programs, joint, _going_on(leg.sizes, next(after.sizes for after in convoy.legs if after.start == step))
 
 
 def _going_on(sizes: Sequence[int], smaller: Sequence[int]) -> np.ndarray:
@@ -203,7 +203,8 @@ class _Leg:
                 yield Weights(step, self.ids[slots].tolist(), vectors, int(self.homes[slots[0]]))
         last = step == self.leg.stop
         if last or (step > 0 and step % self.checkpoint_every == 0):
-            yield Checkpoint(step, self.members, functools.cache(lambda: self.programs.split(states)))
+            diverged = np.split(np.asarray(states.diverged), np.cumsum([self.leg.sizes[i] for i in self.members])[:-1])
+            yield Checkpoint(step, self.members, diverged, functools.cache(lambda: self.programs.split(states)))
 
     def _evaluation(self, step: int, states: State, part: str, slots: np.ndarray) -> Iterator[Rows]:
         scores = self.programs.evaluate(states.params, part, slots)

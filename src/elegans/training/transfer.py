@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from elegans.errors import Invalid
 from elegans.models import Model
 from elegans.tasks import Task
-from elegans.training.optimisers import path_name
 from elegans.training.run import Run
+from elegans.training.vectors import path_name
 
 
 def follow(parents: Sequence[Run], child: Run) -> list[Run]:
