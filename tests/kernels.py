@@ -76,11 +76,11 @@ def plain(case, weights, x):
     return x + Attention(scale=scale).apply(weights[1], norm.apply(weights[0], x, context), context)
 
 
-def by(kernel, case, weights, x, interpret=True):
+def by(kernel, case, weights, x, interpret=True, **more):
     """The same by a module's kernels."""
     norm, scale, positions, _, _, e, _, length = case
     formula = Formula(isinstance(norm, LayerNorm), norm.eps, "")
-    return kernel.block(formula, weights, x, scale, positions.angles(length, e), interpret)
+    return kernel.block(formula, weights, x, scale, positions.angles(length, e), interpret, **more)
 
 
 def gradients(block, weights, x):

@@ -102,6 +102,31 @@ def test_a_cohort_s_rows_are_each_as_if_alone(blocks):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(np.asarray(a[0, i]), np.asarray(b)), cohort, want)
 
 
+def test_what_nobody_reads_is_spared_and_changes_no_bit_of_the_rest(blocks):
+    """Rows of three blocks that are read up to their middle, a block's end, its first position, nowhere and whole; gradients too."""
+    blocks(16)
+    heads, length = 2, 33
+    upto = jnp.array([5, 16, 17, 0, 33])
+    qkv, dz = drawn(len(upto), length, 3 * heads * 8), drawn(len(upto), length, heads * 8)
+    read = jnp.arange(length) < upto[:, None]
+
+    def of(x, upto):
+        angles = Rotary().angles(length, 8)
+        return jax.vmap(lambda x, upto: fused_attention.attention(x, heads, 1.0, angles, True, upto), (0, None if upto is None else 0))(
+            x, upto
+        )
+
+    (some, pull), (whole, pull_all) = (jax.vjp(lambda x, upto=upto: of(x, upto), qkv) for upto in (upto, None))
+    assert np.array_equal(some[read], whole[read]) and np.isfinite(np.asarray(some, np.float32)).all()
+    blocks_read = -(-upto // 16)
+    spared = jnp.arange(length)[None, :] >= 16 * blocks_read[:, None]
+    assert spared.any() and not some[spared].any() and whole[spared].all()
+    dz = jnp.where(read[..., None], dz, 0)
+    for got, want in zip(pull(dz), pull_all(dz), strict=True):
+        assert np.array_equal(got, want)
+        assert got[read].any() and not got[~read].any()
+
+
 def test_scores_and_patterns_are_never_in_memory():
     """Two replicas of three rows: one kernel forward and two backward, and outside of them no array has two axes of positions."""
     z, qkv = drawn(2, 3, 33, 24), drawn(2, 3, 33, 72)
@@ -129,9 +154,9 @@ def served(monkeypatch):
     """As on a GPU, the kernels interpreted; the numbers of heads that they were asked for."""
     asked, kernel = [], fused_attention.attention
 
-    def attention(qkv, heads, scale, angles):
+    def attention(qkv, heads, *args, **more):
         asked.append(heads)
-        return kernel(qkv, heads, scale, angles, interpret=True)
+        return kernel(qkv, heads, *args, **more, interpret=True)
 
     monkeypatch.setattr(fused, "serves", lambda dtype, edit: dtype == "bfloat16")
     monkeypatch.setattr(fused_attention, "LEAST_ROW", 9)

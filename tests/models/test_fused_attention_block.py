@@ -68,9 +68,9 @@ def served(monkeypatch):
     """As on a GPU, the kernels interpreted; how often the block was asked for."""
     asked, kernel, attention = [], fused_attention_block.block, fused_attention.attention
 
-    def block(*args):
+    def block(*args, **more):
         asked.append(args[0])
-        return kernel(*args, interpret=True)
+        return kernel(*args, **more, interpret=True)
 
     monkeypatch.setattr(fused, "serves", lambda dtype, edit: dtype == "bfloat16")
     monkeypatch.setattr(fused_attention, "LEAST_ROW", 9)

@@ -69,6 +69,24 @@ def test_a_cohort_s_gradients_are_its_replicas_own(small):
             np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-5, atol=1e-5)
 
 
+def test_rows_that_nobody_reads_to_their_end_are_spared(small, monkeypatch):
+    """Each row by its own number of positions: what is read and all gradients keep their bits."""
+    small(0)
+    monkeypatch.setitem(fused_attention.BLOCKS, 8, fused_attention.Blocks(16, 1))
+    case = (RMSNorm(), 0.7, Rotary(), 4, 16, 4, False, 40)
+    weights, x, upto = made(case), drawn(4, 40, 16), jnp.array([3, 16, 40, 20])
+    read = jnp.arange(40) < upto[:, None]
+
+    def loss(weights, x, upto):
+        y = jax.vmap(lambda x, upto: through(case, weights, x, upto=upto), (0, None if upto is None else 0))(x, upto)
+        return jnp.where(read[..., None], y.astype(jnp.float32) * jnp.sin(jnp.arange(y.size)).reshape(y.shape), 0).sum(), y
+
+    (some, y), (whole, y_all) = (jax.jit(jax.grad(loss, (0, 1), has_aux=True))(weights, x, u) for u in (upto, None))
+    jax.tree.map(np.testing.assert_array_equal, some, whole)
+    assert np.array_equal(y[read], y_all[read]) and np.isfinite(np.asarray(y, np.float32)).all()
+    assert not np.array_equal(y, y_all)  # something was spared
+
+
 def test_five_kernels_and_no_projection_in_float32():
     """Two forward and three backward; of what has a position and a projected row's columns, nothing is wider than bfloat16."""
     case = CASES["rms"]
@@ -98,9 +116,9 @@ def served(monkeypatch):
     """As on a GPU, the kernels interpreted; how often the block was asked for."""
     asked, kernel, attention = [], fused_projections.block, fused_attention.attention
 
-    def block(*args):
+    def block(*args, **more):
         asked.append(args[0])
-        return kernel(*args, interpret=True)
+        return kernel(*args, **more, interpret=True)
 
     monkeypatch.setattr(fused, "serves", lambda dtype, edit: dtype == "bfloat16")
     monkeypatch.setattr(fused_attention, "LEAST_ROW", 9)

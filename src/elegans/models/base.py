@@ -41,6 +41,13 @@ class Model(Spec):
         Parts of the trace that nobody reads cost nothing once compiled.
         """
 
+    def logits(
+        self, params: Params, tokens: Int[Array, " position"], upto: Int[Array, ""], *, key: jax.Array | None = None
+    ) -> Float[Array, "position vocab"]:
+        """Logits after each of the first `upto` tokens as `apply` gives them, and anything finite after the others, which nobody reads."""
+        del upto
+        return self.apply(params, tokens, key=key)[0]
+
     def probed_sites(self) -> dict[str, tuple[str, ...]]:
         """Sites of one vector per position, by family: `{"resid": ("resid.0", ...), ...}`."""
         return {}
@@ -88,6 +95,7 @@ class Context:
     key: jax.Array | None = None  # dropout is on where there is a key
     dropout: Any = None
     fused: bool = False  # kernels may stand in for formulas, and skip their sites: see models/fused.py
+    upto: Int[Array, ""] | None = None  # the first positions, so many, are all that anybody reads; none: all are
 
     def drop(self, x: Array, purpose: int) -> Array:
         """Dropout of x, where it is on; `purpose` tells the uses of one layer apart."""
@@ -118,7 +126,7 @@ def once() -> Iterator[None]:
 
 def traced_once(part: Callable[..., Array], given: tuple[Any, ...], context: Context) -> Array:
     """`part(*given, context)`. JAX keeps the trace, and its gradient's and batch's, for the next call with the same shapes."""
-    moving = context.tokens, context.positions, context.key, context.dropout
+    moving = context.tokens, context.positions, context.key, context.dropout, context.upto
     y, seen = _traced(part, given, moving, context.fused)
     for name, value in seen.items():
         context.site(name, value)
@@ -127,9 +135,9 @@ def traced_once(part: Callable[..., Array], given: tuple[Any, ...], context: Con
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _traced(part: Callable[..., Array], given: tuple[Any, ...], moving: tuple[Any, ...], fused: bool) -> tuple[Array, dict[str, Array]]:
-    tokens, positions, key, dropout = moving
+    tokens, positions, key, dropout, upto = moving
     seen: dict[str, Array] = {}
-    y = part(*given, Context(tokens, lambda name, value: seen.setdefault(name, value), positions, key, dropout, fused))
+    y = part(*given, Context(tokens, lambda name, value: seen.setdefault(name, value), positions, key, dropout, fused, upto))
     return y, seen
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
@@ -28,10 +27,11 @@ def dot(a: Array, b: Array, **transposed: bool) -> Array:
     return plgpu.dot(a, b, **transposed)
 
 
-def rows_as_one(one: Callable[..., Array], name: str, width: Callable[..., int] | None = None) -> Callable[..., Array]:
+def rows_as_one(one: Callable[..., Array], name: str, width: Callable[..., int] | None = None, own: int = 0) -> Callable[..., Array]:
     """`one(static, x, *weights)` of x, [position, width], for a function to which all tokens are alike.
 
-    What it gives is as wide as x, or has the `width` of these weights.
+    What it gives is as wide as x, or has the `width` of these weights. The first `own` weights are no weights but a row's own, [1, ...],
+    and those of a long row stand one after the other.
     `vmap` over rows that share weights calls it on one long row of all their tokens, so that its gradient of a weight is a sum that it
     makes itself. In `grad(vmap(f))` this comes first, and `grad` meets `one`, which may have a `custom_vjp`, only then; in
     `vmap(grad(f))`, gradients of every row, `grad` does. A primitive, since `custom_vmap` has no gradient where no `vmap` is inside it.
@@ -42,13 +42,15 @@ def rows_as_one(one: Callable[..., Array], name: str, width: Callable[..., int] 
         return one(static, x, *weights)
 
     def batch(args: Any, axes: Any, *, static: Any) -> tuple[Array, int]:
-        if any(axis is not None for axis in axes[1:]):
+        if any(axis is not None for axis in axes[1 + own :]):
             return jax.vmap(functools.partial(one, static), axes)(*args), 0
-        x = jnp.moveaxis(args[0], axes[0], 0)
-        return primitive.bind(x.reshape(-1, x.shape[-1]), *args[1:], static=static).reshape(*x.shape[:2], -1), 0
+        rows = args[0].shape[axes[0]]
+        tall = [batching.bdim_at_front(a, axis, rows) for a, axis in zip(args[: 1 + own], axes, strict=False)]
+        joined = (a.reshape(-1, *a.shape[2:]) for a in tall)
+        return primitive.bind(*joined, *args[1 + own :], static=static).reshape(*tall[0].shape[:2], -1), 0
 
     def shaped(x: Any, *weights: Any, **_: Any) -> Any:
-        return x.update(shape=(x.shape[0], width(*weights))) if width else x
+        return x.update(shape=(x.shape[0], width(*weights[own:]))) if width else x
 
     def jvp(primals: Any, tangents: Any, *, static: Any) -> tuple[Array, Array]:
         return jax.jvp(functools.partial(one, static), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))

@@ -8,7 +8,8 @@ Products take bfloat16 and add in float32.
 A program has one block of positions of a row, and the heads of one tile. Forward, its queries see a block of keys after the other,
 keeping a running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022). Backward, scores are computed anew, twice: queries
 meet all earlier blocks of keys, and in a kernel of their own keys all later blocks of queries, so that each has whole gradients and
-writes them once. Sums are made in one order: the same bits every time.
+writes them once. Sums are made in one order: the same bits every time. Blocks of positions that nobody reads, which stand at a row's
+end, are zeros, and so are their gradients; nothing else looks at them.
 
 Queries and keys come turned (rotary positions), and queries such that products are exponents of 2: that is done once for a row, before
 (`_turned`, or `fused_projections.py`), and not once for each pair of blocks. Gradients are turned back where they are written.
@@ -19,13 +20,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from elegans.models.fused import dot
 from elegans.models.positions import Positions
@@ -98,6 +99,14 @@ class Plan:
     def like_numbers(self) -> jax.ShapeDtypeStruct:
         """Of a number for each head, in whole tiles, and position."""
         return jax.ShapeDtypeStruct((self.tiles * self.together, self.length), jnp.float32)
+
+    def read(self, upto: Array | None) -> Array:
+        """The number of positions that are read, [1], and a float: JAX asks for the gradient of whatever goes in."""
+        return jnp.full(1, self.length if upto is None else upto, jnp.float32)
+
+    def until(self, upto: Array) -> Array:
+        """Blocks of which something is read, of the number of positions that are, [1]."""
+        return ((upto.astype(jnp.int32) + self.blocks.rows - 1) // self.blocks.rows).astype(jnp.int32)
 
     def factor(self, scale: float | Array) -> Array:
         """What makes queries such that their products with keys are exponents of 2."""
@@ -189,6 +198,18 @@ class Program:
         """Each head's columns out of its own part."""
         return functools.reduce(jnp.add, [self.of_head(h, x) for h, x in enumerate(parts)])
 
+    def if_read(self, block: Array, made: Callable[[], None], *zero: tuple[Any, int]) -> None:
+        """What is made of a block, if anybody reads it, and else zeros in these parts of arrays."""
+
+        def nothing() -> None:
+            for ref, part in zero:
+                self.write(ref, block, jnp.zeros((self.plan.blocks.rows, self.plan.tile)), part)
+
+        if self.plan.count > 1:
+            jax.lax.cond(block < self.row["until"][0], made, nothing)
+        else:
+            made()
+
     def turn(self, block: Array | int, x: Array, back: bool = False) -> Array:
         """Every head (a, b) of a block as (a cos - b sin, a sin + b cos), or `back`; as it is without rotary positions."""
         if not self.row["tables"]:
@@ -221,19 +242,23 @@ def _forward_kernel(plan: Plan, row: Any, out: Any) -> None:
     from jax.experimental import pallas as pl
 
     program, block = Program(plan, row, pl.program_id(0)), pl.program_id(1)
-    q, k, v = program.heads(program.read("qkv", block)), program.read("qkv", block, 1), program.read("qkv", block, 2)
-    none = jnp.full(plan.blocks.rows, -jnp.inf), jnp.zeros(plan.blocks.rows), jnp.zeros((plan.blocks.rows, plan.tile))
-    # its own block first: every query has a key there, so that its greatest exponent is finite
-    seen = [_see(jnp.where(diagonal(plan), dot(a, k, trans_b=True), -jnp.inf), v, none) for a in q]
 
-    def earlier(j: Array, seen: Any) -> Any:
-        k, v = program.read("qkv", j, 1), program.read("qkv", j, 2)
-        return [_see(dot(a, k, trans_b=True), v, s) for a, s in zip(q, seen, strict=True)]
+    def made() -> None:
+        q, k, v = program.heads(program.read("qkv", block)), program.read("qkv", block, 1), program.read("qkv", block, 2)
+        none = jnp.full(plan.blocks.rows, -jnp.inf), jnp.zeros(plan.blocks.rows), jnp.zeros((plan.blocks.rows, plan.tile))
+        # its own block first: every query has a key there, so that its greatest exponent is finite
+        seen = [_see(jnp.where(diagonal(plan), dot(a, k, trans_b=True), -jnp.inf), v, none) for a in q]
 
-    seen = jax.lax.fori_loop(0, block, earlier, seen) if plan.count > 1 else seen
-    program.write(out["z"], block, program.joined([mixed * (1 / total)[:, None] for _, total, mixed in seen]))
-    for h, (top, total, _) in enumerate(seen):
-        program.note(out["sums"], block, h, top + jnp.log2(total))
+        def earlier(j: Array, seen: Any) -> Any:
+            k, v = program.read("qkv", j, 1), program.read("qkv", j, 2)
+            return [_see(dot(a, k, trans_b=True), v, s) for a, s in zip(q, seen, strict=True)]
+
+        seen = jax.lax.fori_loop(0, block, earlier, seen) if plan.count > 1 else seen
+        program.write(out["z"], block, program.joined([mixed * (1 / total)[:, None] for _, total, mixed in seen]))
+        for h, (top, total, _) in enumerate(seen):
+            program.note(out["sums"], block, h, top + jnp.log2(total))
+
+    program.if_read(block, made, (out["z"], 0))
 
 
 # ---- backward: a kernel of queries, and one of keys, in which every block of scores lies on its side, so that no product turns one
@@ -253,23 +278,27 @@ def _queries_kernel(plan: Plan, row: Any, out: Any) -> None:
     from jax.experimental import pallas as pl
 
     program, block = Program(plan, row, pl.program_id(0)), pl.program_id(1)
-    dz = program.read("dz", block)
-    shares = dz.astype(jnp.float32) * program.read("z", block).astype(jnp.float32)
-    askers = [
-        (q, dzh, program.numbers("sums", block, h), share.sum(1))
-        for h, (q, dzh, share) in enumerate(zip(*map(program.heads, (program.read("qkv", block), dz, shares)), strict=True))
-    ]
-    for h, (*_, mean) in enumerate(askers):
-        program.note(out["means"], block, h, mean)
-    k, v = program.read("qkv", block, 1), program.read("qkv", block, 2)
-    dq = [_to_queries(asker, k, v, jnp.zeros((plan.blocks.rows, plan.tile)), diagonal(plan)) for asker in askers]
 
-    def earlier(j: Array, dq: list[Array]) -> list[Array]:
-        k, v = program.read("qkv", j, 1), program.read("qkv", j, 2)
-        return [_to_queries(asker, k, v, d) for asker, d in zip(askers, dq, strict=True)]
+    def made() -> None:
+        dz = program.read("dz", block)
+        shares = dz.astype(jnp.float32) * program.read("z", block).astype(jnp.float32)
+        askers = [
+            (q, dzh, program.numbers("sums", block, h), share.sum(1))
+            for h, (q, dzh, share) in enumerate(zip(*map(program.heads, (program.read("qkv", block), dz, shares)), strict=True))
+        ]
+        for h, (*_, mean) in enumerate(askers):
+            program.note(out["means"], block, h, mean)
+        k, v = program.read("qkv", block, 1), program.read("qkv", block, 2)
+        dq = [_to_queries(asker, k, v, jnp.zeros((plan.blocks.rows, plan.tile)), diagonal(plan)) for asker in askers]
 
-    dq = jax.lax.fori_loop(0, block, earlier, dq) if plan.count > 1 else dq
-    program.write(out["dqkv"], block, program.turn(block, program.joined(dq) * (row["factor"][0] * math.log(2)), back=True))
+        def earlier(j: Array, dq: list[Array]) -> list[Array]:
+            k, v = program.read("qkv", j, 1), program.read("qkv", j, 2)
+            return [_to_queries(asker, k, v, d) for asker, d in zip(askers, dq, strict=True)]
+
+        dq = jax.lax.fori_loop(0, block, earlier, dq) if plan.count > 1 else dq
+        program.write(out["dqkv"], block, program.turn(block, program.joined(dq) * (row["factor"][0] * math.log(2)), back=True))
+
+    program.if_read(block, made, (out["dqkv"], 0))
 
 
 def _keys_kernel(plan: Plan, row: Any, out: Any) -> None:
@@ -277,24 +306,28 @@ def _keys_kernel(plan: Plan, row: Any, out: Any) -> None:
     from jax.experimental import pallas as pl
 
     program, block = Program(plan, row, pl.program_id(0)), pl.program_id(1)
-    keys = [program.heads(program.read("qkv", block, part)) for part in (1, 2)]
 
-    def add(i: Array, sums: Any, causal: Array | None = None) -> Any:
-        """The sums with what a block of queries adds to them; scores are [key, query]."""
-        q, dz, made = program.read("qkv", i), program.read("dz", i), []
-        for h, (k, v, dk, dv) in enumerate(zip(*keys, *sums, strict=True)):
-            sums_of, means = program.numbers("sums", i, h), program.numbers("means", i, h)
-            pattern = jnp.exp2(dot(k, q, trans_b=True) - sums_of[None, :])
-            pattern = pattern if causal is None else jnp.where(causal, pattern, 0.0)
-            ds = pattern * (dot(v, dz, trans_b=True) - means[None, :])
-            made.append((dk + dot(ds.astype(jnp.bfloat16), q), dv + dot(pattern.astype(jnp.bfloat16), dz)))
-        return tuple(map(list, zip(*made, strict=True)))
+    def made() -> None:
+        keys = [program.heads(program.read("qkv", block, part)) for part in (1, 2)]
 
-    zeros = [jnp.zeros((plan.blocks.rows, plan.tile)) for _ in range(plan.together)]
-    sums = add(block, (zeros, zeros), diagonal(plan).T)
-    dk, dv = jax.lax.fori_loop(block + 1, plan.count, add, sums) if plan.count > 1 else sums
-    program.write(out["dqkv"], block, program.turn(block, program.joined(dk) * math.log(2), back=True), 1)
-    program.write(out["dqkv"], block, program.joined(dv), 2)
+        def add(i: Array, sums: Any, causal: Array | None = None) -> Any:
+            """The sums with what a block of queries adds to them; scores are [key, query]."""
+            q, dz, made = program.read("qkv", i), program.read("dz", i), []
+            for h, (k, v, dk, dv) in enumerate(zip(*keys, *sums, strict=True)):
+                sums_of, means = program.numbers("sums", i, h), program.numbers("means", i, h)
+                pattern = jnp.exp2(dot(k, q, trans_b=True) - sums_of[None, :])
+                pattern = pattern if causal is None else jnp.where(causal, pattern, 0.0)
+                ds = pattern * (dot(v, dz, trans_b=True) - means[None, :])
+                made.append((dk + dot(ds.astype(jnp.bfloat16), q), dv + dot(pattern.astype(jnp.bfloat16), dz)))
+            return tuple(map(list, zip(*made, strict=True)))
+
+        zeros = [jnp.zeros((plan.blocks.rows, plan.tile)) for _ in range(plan.together)]
+        sums = add(block, (zeros, zeros), diagonal(plan).T)
+        dk, dv = jax.lax.fori_loop(block + 1, row["until"][0], add, sums) if plan.count > 1 else sums
+        program.write(out["dqkv"], block, program.turn(block, program.joined(dk) * math.log(2), back=True), 1)
+        program.write(out["dqkv"], block, program.joined(dv), 2)
+
+    program.if_read(block, made, (out["dqkv"], 1), (out["dqkv"], 2))
 
 
 # ---- calling them
@@ -339,9 +372,9 @@ def _turned(plan: Plan, qkv: Array, factor: Array, tables: tuple[Array, ...]) ->
     return (x * jnp.stack([factor[0], *jnp.ones(2)])[:, None, None]).astype(qkv.dtype).reshape(qkv.shape)
 
 
-def forward(plan: Plan, qkv: Array) -> dict[str, Array]:
-    """A row with what its heads mix and the sums of their weights, from turned queries, keys and values."""
-    row = {"qkv": qkv}
+def forward(plan: Plan, qkv: Array, upto: Array) -> dict[str, Array]:
+    """A row with what its heads mix and the sums of their weights, from turned queries, keys and values; [1] positions are read."""
+    row = {"qkv": qkv, "until": plan.until(upto)}
     return row | _call(plan, _forward_kernel, row, {"z": plan.like(1), "sums": plan.like_numbers})
 
 
@@ -354,17 +387,17 @@ def backward(plan: Plan, row: dict[str, Array], shared: dict[str, Any], dz: Arra
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one(plan: Plan, qkv: Array, factor: Array, tables: tuple[Array, ...]) -> Array:
-    return _one_forward(plan, qkv, factor, tables)[0]
+def _one(plan: Plan, qkv: Array, upto: Array, factor: Array, tables: tuple[Array, ...]) -> Array:
+    return _one_forward(plan, qkv, upto, factor, tables)[0]
 
 
-def _one_forward(plan: Plan, qkv: Array, factor: Array, tables: tuple[Array, ...]) -> tuple[Array, Any]:
-    row = forward(plan, _turned(plan, qkv, factor, tables))
+def _one_forward(plan: Plan, qkv: Array, upto: Array, factor: Array, tables: tuple[Array, ...]) -> tuple[Array, Any]:
+    row = forward(plan, _turned(plan, qkv, factor, tables), upto)
     return row["z"], (row, {"factor": factor, "tables": tables})
 
 
-def _one_backward(plan: Plan, kept: Any, dz: Array) -> tuple[Array, None, None]:
-    return backward(plan, *kept, dz), None, None
+def _one_backward(plan: Plan, kept: Any, dz: Array) -> tuple[Array, None, None, None]:
+    return backward(plan, *kept, dz), None, None, None
 
 
 _one.defvjp(_one_forward, _one_backward)
@@ -382,11 +415,13 @@ def attention(
     scale: float | Array,
     angles: Float[np.ndarray, "position pair"] | None = None,
     interpret: bool = False,
+    upto: Int[Array, ""] | None = None,
 ) -> Float[Array, "position d"]:
     """softmax(scale q k / sqrt(d_head)) v of every head, causal, from queries | keys | values of all heads side by side.
 
     Queries and keys are turned by `angles`, [position, d_head / 2] radians, in the half-split layout of `positions.Rotary`. `scale` is a
-    constant: it has no gradient. `interpret` runs the kernel's meaning without a GPU.
+    constant: it has no gradient. `interpret` runs the kernel's meaning without a GPU. Where only the first `upto` positions are read, and
+    so have a gradient, the others' are anything finite, and their own gradients zero or what they would be.
     """
     plan = Plan(qkv.shape[0], heads, qkv.shape[1] // (3 * heads), interpret)
-    return _one(plan, qkv, plan.factor(scale), plan.tables(angles))
+    return _one(plan, qkv, plan.read(upto), plan.factor(scale), plan.tables(angles))

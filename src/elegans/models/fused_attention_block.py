@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from elegans.models import fused
 from elegans.models.fused import dot
@@ -256,8 +256,13 @@ def block(
     scale: float | Array,
     angles: Float[np.ndarray, "position pair"] | None,
     interpret: bool = False,
+    upto: Int[Array, ""] | None = None,
 ) -> Float[Array, "position d_model"]:
-    """x + attention(norm(x)) with the weights of both, x in bfloat16; `scale` and `angles` as in `fused_attention.attention`."""
+    """x + attention(norm(x)) with the weights of both, x in bfloat16; `scale` and `angles` as in `fused_attention.attention`.
+
+    Rows are of one block: all of it is made, also where only the first `upto` positions are read.
+    """
+    del upto
     norms, attn = weights
     heads, d, d_head = attn["W_Q"].shape
     plan = _Plan(x.shape[0], heads, d_head, interpret, d, formula, ())

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from elegans.models import fused, fused_attention, fused_tokens
 from elegans.models.fused import dot
@@ -105,15 +105,15 @@ def _weights(plan: _Plan, named: dict[str, Array]) -> dict[str, Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _one(plan: _Plan, names: tuple[str, ...], x: Array, *operands: Array) -> Array:
+def _one(plan: _Plan, names: tuple[str, ...], x: Array, upto: Array, *operands: Array) -> Array:
     """The block for some rows, one after the other."""
-    return _one_forward(plan, names, x, *operands)[0]
+    return _one_forward(plan, names, x, upto, *operands)[0]
 
 
-def _one_forward(plan: _Plan, names: tuple[str, ...], x: Array, *operands: Array) -> tuple[Array, Any]:
+def _one_forward(plan: _Plan, names: tuple[str, ...], x: Array, upto: Array, *operands: Array) -> tuple[Array, Any]:
     plan, named = plan.of(x), dict(zip(names, operands, strict=True))
     qkv = fused_tokens.call(plan, _project_kernel, {"x": x}, _weights(plan, named), ["qkv"], plan.blocks.rows)["qkv"]
-    row = jax.vmap(functools.partial(fused_attention.forward, plan.heads))(qkv.reshape(-1, plan.heads.length, plan.f))
+    row = jax.vmap(functools.partial(fused_attention.forward, plan.heads))(qkv.reshape(-1, plan.heads.length, plan.f), upto[:, None])
     y = x + row["z"].reshape(plan.tokens, -1) @ named["W_out"].astype(x.dtype)
     return y + named["b_out"].astype(x.dtype) if "b_out" in named else y, (x, row, named)
 
@@ -128,11 +128,11 @@ def _one_backward(plan: _Plan, names: tuple[str, ...], kept: Any, dy: Array) -> 
     dqkv = jax.vmap(through, (0, None, 0))(row, shared, dz.reshape(row["z"].shape)).reshape(plan.tokens, -1)
     dx, *made = fused_tokens.backward(plan, {"x": x, "dy": dy, "dqkv": dqkv}, tuple(named[n] for n in plan.names))
     grads = dict(zip(plan.names, made, strict=True)) | {"W_out": product("te,td->ed", z, dy), "b_out": dy.astype(jnp.float32).sum(0)}
-    return dx, *(grads.get(n) for n in names)
+    return dx, None, *(grads.get(n) for n in names)
 
 
 _one.defvjp(_one_forward, _one_backward)
-_rows = fused.rows_as_one(lambda static, x, *operands: _one(*static, x, *operands), "attention_rows")
+_rows = fused.rows_as_one(lambda static, *operands: _one(*static, *operands), "attention_rows", own=1)
 
 
 def block(
@@ -142,8 +142,9 @@ def block(
     scale: float | Array,
     angles: Float[np.ndarray, "position pair"] | None,
     interpret: bool = False,
+    upto: Int[Array, ""] | None = None,
 ) -> Float[Array, "position d_model"]:
-    """x + attention(norm(x)) with the weights of both, x in bfloat16; `scale` and `angles` as in `fused_attention.attention`."""
+    """x + attention(norm(x)) with the weights of both, x in bfloat16; `scale`, `angles` and `upto` as in `fused_attention.attention`."""
     norms, attn = weights
     h, d, e = attn["W_Q"].shape
     w, b = side_by_side(attn)
@@ -153,4 +154,4 @@ def block(
     operands |= {"W_out": attn["W_O"].reshape(h * e, d), **({"b_out": attn["b_O"]} if "b_O" in attn else {})}
     operands |= {"factor": heads.factor(scale), **dict(zip(fused_attention.TABLES, heads.tables(angles), strict=False))}
     plan = _Plan(formula, names, d, 3 * h * e, BLOCKS[padded(d)], interpret, heads=heads)
-    return _rows((plan, tuple(operands)), x, *operands.values())
+    return _rows((plan, tuple(operands)), x, heads.read(upto), *operands.values())

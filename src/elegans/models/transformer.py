@@ -99,7 +99,7 @@ class Attention(Mixer):
         pattern = site("pattern", jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(scores.dtype).min)).astype(x.dtype))
         if context.fused and bias is None and fused_attention.knows(context.positions, qkv, e):
             angles = None if context.positions is None else context.positions.angles(x.shape[0], e)
-            return _heads_out(params, fused_attention.attention(qkv, h, self.scale, angles).reshape(v.shape), context)
+            return _heads_out(params, fused_attention.attention(qkv, h, self.scale, angles, upto=context.upto).reshape(v.shape), context)
         return _heads_out(params, jnp.einsum("hqk,khe->qhe", pattern, v), context)
 
     def _project(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position projected"]:
@@ -295,8 +295,21 @@ class Transformer(Model):
         keys = jax.random.split(key, 4)
         return {name: part.init(k, sizes) if part else {} for (name, part), k in zip(parts.items(), keys, strict=True)}
 
+    def logits(
+        self, params: Params, tokens: Int[Array, " position"], upto: Int[Array, ""], *, key: jax.Array | None = None
+    ) -> Float[Array, "position vocab"]:
+        if type(self).apply is not Transformer.apply:  # a subclass's own
+            return super().logits(params, tokens, upto, key=key)
+        return self.apply(params, tokens, key=key, upto=upto)[0]
+
     def apply(
-        self, params: Params, tokens: Int[Array, " position"], *, edit: Edit = no_edit, key: jax.Array | None = None
+        self,
+        params: Params,
+        tokens: Int[Array, " position"],
+        *,
+        edit: Edit = no_edit,
+        key: jax.Array | None = None,
+        upto: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "position vocab"], Trace]:
         seen: dict[str, Any] = {}
 
@@ -310,7 +323,7 @@ class Transformer(Model):
             x = site("embed", self._embed(params, tokens, key))
             for i, (block, mixer) in enumerate(zip(params["blocks"], self._mixers, strict=True)):
                 layer_key = None if key is None else jax.random.fold_in(key, i + 1)
-                here = Context(tokens, lambda name, y, i=i: site(f"{name}.{i}", y), self.position, layer_key, self.dropout, kernels)
+                here = Context(tokens, lambda name, y, i=i: site(f"{name}.{i}", y), self.position, layer_key, self.dropout, kernels, upto)
                 if ONCE.get() and edit is no_edit:
                     alone = dataclasses.replace(self, layers=1, attention=mixer)  # is alike in models of any depth
                     x = traced_once(type(self)._block, (alone, mixer, block, x), here)
@@ -370,7 +383,7 @@ class Transformer(Model):
         if not (formula and kernel and knows and isinstance(mixer, Attention) and bias is None and fused_attention.knows(positions, x, e)):
             return None
         angles = None if positions is None else positions.angles(x.shape[0], e)
-        return lambda weights, x: kernel.block(formula, weights, x, mixer.scale, angles)
+        return lambda weights, x: kernel.block(formula, weights, x, mixer.scale, angles, upto=context.upto)
 
     def probed_sites(self) -> dict[str, tuple[str, ...]]:
         per_layer = {

@@ -23,9 +23,9 @@ from elegans.training.convoy import Convoy
 from elegans.training.cost import Leg
 from elegans.training.joint import Joint
 
-MOST_WORKERS = 8  # programs compiled at a time: side by side with more, those that are needed first would be ready last
+MOST_WORKERS = 4  # programs compiled at a time, of four parts each: beside more, those that are needed first would be ready last
 NICE = 10  # of the threads that compile
-SPARE = 2  # programs that may lie ready besides those being compiled
+SPARE = 4  # programs that may lie ready besides those being compiled
 SWITCH = 5e-4  # seconds for which a thread keeps Python's lock while another wants it: training asks for it often and briefly
 
 

@@ -58,7 +58,7 @@ def evaluate(run: Run, vector: Float[Array, " parameter"], rows: Example) -> Eva
 
     def block(rows: Example) -> tuple[Array, Array, Array, Array]:
         rows = dataclasses.replace(rows, tokens=rows.tokens.astype(jnp.int32))
-        nats, right, counted, exact = tallies(logits_of(run, params, rows.tokens), rows)
+        nats, right, counted, exact = tallies(logits_of(run, params, rows.tokens, read=rows.scored), rows)
         return (nats * counted).sum(0), right.sum(), exact.sum(), counted.sum(0)
 
     nats, right, exact, counted = (x.sum(0) for x in jax.lax.map(block, blocks))

@@ -87,15 +87,25 @@ def scores(logits: Float[Array, "batch position vocab"], example: Example) -> tu
 
 
 def logits_of(
-    run: Run, params: Any, tokens: Int[Array, "batch position"], key: jax.Array | None = None
+    run: Run,
+    params: Any,
+    tokens: Int[Array, "batch position"],
+    key: jax.Array | None = None,
+    read: Bool[Array, "batch position"] | None = None,
 ) -> Float[Array, "batch position-1 vocab"]:
-    """Logits before every token but the first. The batch is the axis named "batch"."""
+    """Logits before every token but the first. The batch is the axis named "batch".
 
-    def one(tokens: Array, row: Array) -> Array:
+    `read` marks the tokens whose logits count; after a row's last one they may be anything finite.
+    """
+
+    def one(tokens: Array, row: Array, read: Array | None) -> Array:
         row_key = None if key is None else jax.random.fold_in(key, row)
-        return run.model.apply(params, tokens[:-1], key=row_key)[0]
+        if read is None:
+            return run.model.apply(params, tokens[:-1], key=row_key)[0]
+        upto = jnp.where(read[1:], jnp.arange(1, len(tokens)), 0).max()
+        return run.model.logits(params, tokens[:-1], upto, key=row_key)
 
-    logits = jax.vmap(one, axis_name="batch")(tokens, jnp.arange(tokens.shape[0]))
+    logits = jax.vmap(one, axis_name="batch")(tokens, jnp.arange(tokens.shape[0]), read)
     candidates = run.task.candidates
     return logits if candidates is None else jnp.where(candidates, logits, NEVER)
 
@@ -112,8 +122,8 @@ class Update(Spec):
         return scores(self.logits(run, params, batch, key), batch)
 
     def logits(self, run: Run, params: Any, batch: Example, key: jax.Array) -> Float[Array, "batch position vocab"]:
-        """Logits that predict every token of the batch but the first."""
-        return logits_of(run, params, batch.tokens, key)
+        """Logits that predict every token of the batch but the first; after a row's last scored one anything, if `loss` is this one."""
+        return logits_of(run, params, batch.tokens, key, batch.scored if type(self).loss is Update.loss else None)
 
     def apply(self, run: Run, state: State, batch: Example, step: Int[Array, ""], key: jax.Array) -> tuple[State, Metrics]:
         """The next state, and the metrics: scalars, `loss` and `grad_norm` among them.
