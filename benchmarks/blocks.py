@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from traces import kernel_times
 
-from elegans.models import Attention, SwiGLU, fused_attention, fused_mlp, fused_projections
+from elegans.models import Attention, SwiGLU, fused_attention, fused_heads, fused_mlp, fused_projections
 from elegans.models.base import Sizes
 from elegans.models.fused_tokens import Formula, padded
 from elegans.models.positions import Rotary
@@ -50,7 +50,7 @@ def attention(sizes: list[int], blocks: Any) -> tuple[Callable, tuple[Any, ...]]
     drawn = functools.partial(jax.random.normal, jax.random.key(2), dtype=jnp.bfloat16)
     angles = Rotary().angles(length, e)
     if blocks:
-        fused_attention.BLOCKS[padded_head(e)] = blocks
+        fused_heads.BLOCKS[padded_head(e)] = blocks
 
     def both(qkv: Any, dz: Any) -> Any:
         z, pull = jax.vjp(lambda x: fused_attention.attention(x, HEADS, 1.0, angles), qkv)
@@ -61,7 +61,7 @@ def attention(sizes: list[int], blocks: Any) -> tuple[Callable, tuple[Any, ...]]
 
 def padded_head(e: int) -> int:
     """The entry of attention's table that a head of this width has."""
-    return next(width for width in fused_attention.BLOCKS if e <= width)
+    return next(width for width in fused_heads.BLOCKS if e <= width)
 
 
 def tokens(part: str, sizes: list[int], blocks: Any) -> tuple[Callable, tuple[Any, ...]]:
@@ -92,7 +92,7 @@ def tilings(part: str) -> Iterator[Any]:
     yield None
     if part == "attention":
         for rows, warps, stages in itertools.product((16, 32, 64), (1, 2, 4, 8), (1, 2)):
-            yield fused_attention.Blocks(rows, warps, stages)
+            yield fused_heads.Blocks(rows, warps, stages)
         return
     for rows, tile, warps, span, kept in itertools.product((32, 64, 128), (16, 32, 64), (1, 2, 4), (256, 512, 1024), (0, 12_288)):
         yield fused_mlp.Blocks(rows, tile, span, warps, warps, kept=kept)
@@ -100,7 +100,7 @@ def tilings(part: str) -> Iterator[Any]:
 
 def build(part: str, sizes: list[int], blocks: Any) -> Callable[[], Any] | None:
     """A compiled program; none where a tiling does not fit the device."""
-    tables = fused_attention.BLOCKS, fused_mlp.BLOCKS, fused_projections.BLOCKS
+    tables = fused_heads.BLOCKS, fused_mlp.BLOCKS, fused_projections.BLOCKS
     with TRACING:
         before = [dict(table) for table in tables]
         function, args = attention(sizes, blocks) if part == "attention" else tokens(part, sizes, blocks)

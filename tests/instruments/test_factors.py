@@ -10,9 +10,9 @@ import pytest
 
 from elegans.errors import Invalid
 from elegans.instruments import graft, ov, qk, step_table
+from elegans.models import LayerNorm, Learned, RMSNorm, Transformer
 from elegans.models.handmade import SHARP
 from elegans.models.iterator import HEADS, iterator
-from elegans.models.transformer import LayerNorm, Learned, RMSNorm, Transformer
 from elegans.network import Network
 from elegans.tasks import Addition
 from elegans.training import Run

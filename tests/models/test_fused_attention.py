@@ -9,8 +9,8 @@ import pytest
 
 import elegans as el
 from elegans import ALiBi, Attention, Learned, Rotary, Transformer
-from elegans.models import fused, fused_attention
-from elegans.models.fused_attention import Blocks
+from elegans.models import fused, fused_attention, fused_heads
+from elegans.models.fused_heads import Blocks
 from kernels import BF16, close, kernels_in, kernels_lowered, steps_of, with_and_without
 
 
@@ -48,8 +48,8 @@ def blocks(monkeypatch):
     """Sets how many positions a block has."""
 
     def of(rows):
-        for width in fused_attention.BLOCKS:
-            monkeypatch.setitem(fused_attention.BLOCKS, width, Blocks(rows, 4))
+        for width in fused_heads.BLOCKS:
+            monkeypatch.setitem(fused_heads.BLOCKS, width, Blocks(rows, 4))
 
     return of
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elegans import Attention, LayerNorm, Learned, RMSNorm, Rotary, Transformer
-from elegans.models import fused, fused_attention, fused_projections
+from elegans.models import fused, fused_attention, fused_heads, fused_projections
 from elegans.models.fused_tokens import Blocks, Formula
 from kernels import BF16, Louder, by, close, drawn, gradients, kernels_in, kernels_lowered, made, plain, steps_of, with_and_without
 
@@ -72,7 +72,7 @@ def test_a_cohort_s_gradients_are_its_replicas_own(small):
 def test_rows_that_nobody_reads_to_their_end_are_spared(small, monkeypatch):
     """Each row by its own number of positions: what is read and all gradients keep their bits."""
     small(0)
-    monkeypatch.setitem(fused_attention.BLOCKS, 8, fused_attention.Blocks(16, 1))
+    monkeypatch.setitem(fused_heads.BLOCKS, 8, fused_heads.Blocks(16, 1))
     case = (RMSNorm(), 0.7, Rotary(), 4, 16, 4, False, 40)
     weights, x, upto = made(case), drawn(4, 40, 16), jnp.array([3, 16, 40, 20])
     read = jnp.arange(40) < upto[:, None]

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from elegans.errors import Invalid
 from elegans.instruments.patterns import heads_of, iteration
+from elegans.models import Attention, LayerNorm, Learned, Transformer
 from elegans.models.base import Context
-from elegans.models.transformer import Attention, LayerNorm, Learned, Transformer
 from elegans.network import Network
 from elegans.training.step import logits_of
 from elegans.types import no_edit

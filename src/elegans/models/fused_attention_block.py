@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from elegans.models import fused
 from elegans.models.fused import dot
-from elegans.models.fused_attention import TABLES, Blocks, Plan, Program, diagonal
+from elegans.models.fused_heads import TABLES, Blocks, Plan, Program, diagonal
 from elegans.models.fused_tokens import Formula, norm, padded, through_norm
 
 LONGEST, WIDEST_HEAD = 64, 32  # positions and d_head above which registers do not hold a row

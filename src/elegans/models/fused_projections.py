@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from elegans.models import fused, fused_attention, fused_tokens
+from elegans.models import fused, fused_attention, fused_heads, fused_tokens
 from elegans.models.fused import dot
 from elegans.models.fused_tokens import Blocks, Formula, Tall, norm, padded
 
@@ -123,7 +123,7 @@ def _one_backward(plan: _Plan, names: tuple[str, ...], kept: Any, dy: Array) -> 
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     z = row["z"].reshape(plan.tokens, -1)
     dz = product("td,ed->te", dy, named["W_out"].astype(dy.dtype)).astype(dy.dtype)
-    shared = {"factor": named["factor"], "tables": tuple(named[n] for n in fused_attention.TABLES if n in named)}
+    shared = {"factor": named["factor"], "tables": tuple(named[n] for n in fused_heads.TABLES if n in named)}
     through = functools.partial(fused_attention.backward, plan.heads)
     dqkv = jax.vmap(through, (0, None, 0))(row, shared, dz.reshape(row["z"].shape)).reshape(plan.tokens, -1)
     dx, *made = fused_tokens.backward(plan, {"x": x, "dy": dy, "dqkv": dqkv}, tuple(named[n] for n in plan.names))
@@ -150,8 +150,8 @@ def block(
     w, b = side_by_side(attn)
     operands = norms | {"W_in": w, **({} if b is None else {"b_in": b})}
     names = tuple(name for name in _Plan.axes if name in operands)
-    heads = fused_attention.Plan(x.shape[0], h, e, interpret)
+    heads = fused_heads.Plan(x.shape[0], h, e, interpret)
     operands |= {"W_out": attn["W_O"].reshape(h * e, d), **({"b_out": attn["b_O"]} if "b_O" in attn else {})}
-    operands |= {"factor": heads.factor(scale), **dict(zip(fused_attention.TABLES, heads.tables(angles), strict=False))}
+    operands |= {"factor": heads.factor(scale), **dict(zip(fused_heads.TABLES, heads.tables(angles), strict=False))}
     plan = _Plan(formula, names, d, 3 * h * e, BLOCKS[padded(d)], interpret, heads=heads)
     return _rows((plan, tuple(operands)), x, heads.read(upto), *operands.values())

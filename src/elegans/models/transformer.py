@@ -29,44 +29,12 @@ from jaxtyping import Array, Float, Int
 from elegans.errors import Invalid
 from elegans.models import fused, fused_attention, fused_attention_block, fused_mlp, fused_projections
 from elegans.models.base import ONCE, Context, Dtype, FeedForward, Mixer, Model, Norm, Params, Sizes, traced_once
+from elegans.models.norms import LayerNorm, RMSNorm
 from elegans.models.positions import Learned, Positions, Rotary
 from elegans.specs import field, spec, structure
 from elegans.types import Edit, Trace, no_edit
 
 ONE_HOT_VOCAB = 512  # up to here a one-hot product beats a gather, whose gradient is a scatter-add
-
-
-# ---- normalisation
-
-
-@spec
-class RMSNorm(Norm):
-    """x / rms(x) * w (Zhang and Sennrich 2019)."""
-
-    def init(self, key: jax.Array, sizes: Sizes) -> Params:
-        del key
-        return {"w": jnp.ones(sizes.d_model)}
-
-    def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
-        del context
-        f = x.astype(jnp.float32)
-        return (f * jax.lax.rsqrt((f * f).mean(-1, keepdims=True) + self.eps) * params["w"]).astype(x.dtype)
-
-
-@spec
-class LayerNorm(Norm):
-    """(x - mean) / sd * w + b (Ba, Kiros and Hinton 2016); b where the model has biases."""
-
-    def init(self, key: jax.Array, sizes: Sizes) -> Params:
-        del key
-        return {"w": jnp.ones(sizes.d_model), **sizes.biases(b=(sizes.d_model,))}
-
-    def apply(self, params: Params, x: Float[Array, "position d_model"], context: Context) -> Float[Array, "position d_model"]:
-        del context
-        f = x.astype(jnp.float32)
-        f = f - f.mean(-1, keepdims=True)
-        f = f * jax.lax.rsqrt((f * f).mean(-1, keepdims=True) + self.eps) * params["w"]
-        return (f + params["b"] if "b" in params else f).astype(x.dtype)
 
 
 # ---- attention
