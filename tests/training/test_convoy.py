@@ -290,3 +290,14 @@ def test_events_of_a_convoy_tell_of_all_its_runs():
     events = list(train_convoy(convoy, Ahead([], jax.devices()[0])))
     told = {i for e in events if isinstance(e, el.training.train.Rows) for i in e.columns["run"]}
     assert told == {r.id for r in runs()}
+
+
+def test_as_many_are_evaluated_at_a_time_as_are_due_together():
+    """Runs of four learning rates end together, and are not evaluated in the company of many that go on; where all end, many are."""
+    base = el.Run(TASKS[0], el.Transformer(layers=1, d_model=8, heads=2), steps=1, record=el.Record(evaluate=el.At()))
+    lengths = [10 * n for n in range(1, 21)]
+    apart = [el.replace(el.replace(base, "steps", n), "optim.lr", lr) for n in lengths for lr in (1e-1, 1e-2, 1e-3, 1e-4)]
+    seeds = [el.replace(el.replace(base, "steps", 200), "seed", seed) for seed in range(80)]
+    (few,), (many,) = (plan(runs, 2**34, platform="gpu") for runs in (apart, seeds))
+    assert Convoy((few,)).evaluated == 4
+    assert Convoy((many,)).evaluated == 10  # an eighth of all, for memory

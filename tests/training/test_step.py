@@ -105,6 +105,51 @@ def test_a_position_that_is_never_scored_has_no_loss_rather_than_zero() -> None:
 # ---- one step
 
 
+@spec
+class OnEveryToken(Update):
+    """A loss of a user's own may look at any logits."""
+
+    def loss(self, run, params, batch, key):
+        loss, metrics = scores(self.logits(run, params, batch, key), batch)
+        return loss, metrics
+
+
+@spec
+class Other(Transformer):
+    """A model of a user's own."""
+
+    def apply(self, params, tokens, **more):
+        return super().apply(params, tokens, **more)
+
+
+@spec
+class Noted(Transformer):
+    """What a training step says of the positions that are read, as logits."""
+
+    def logits(self, params, tokens, upto, *, key=None):
+        return 0 * self.apply(params, tokens, key=key)[0] + upto
+
+    def apply(self, params, tokens, **more):
+        logits, trace = super().apply(params, tokens, **more)
+        return logits * 0 - 1, trace
+
+
+def test_a_model_is_told_which_positions_are_read_unless_a_loss_may_read_more() -> None:
+    """All before a row's last scored token; none of a row without one. What is not told calls `apply`."""
+    scored = np.zeros((3, 5), bool)
+    scored[0, 2], scored[1, [1, 4]] = True, True
+    batch = Example(jnp.ones((3, 5), jnp.int32), jnp.asarray(scored))
+    run = Run(Addition(length=2), Noted(layers=1, d_model=8, heads=2), steps=1)
+    params = run.model.init(jax.random.key(0), 5, 8)
+    for update, told in ((Update(), [2, 4, 0]), (OnEveryToken(), [-1, -1, -1])):
+        logits = update.logits(run, params, batch, jax.random.key(0))
+        assert (np.asarray(logits) == np.array(told)[:, None, None]).all()
+    sizes = {"layers": 1, "d_model": 8, "heads": 2}
+    for model in (Other(**sizes), Transformer(**sizes)):
+        wanted = model.apply(params, batch.tokens[0])[0]
+        assert np.array_equal(model.logits(params, batch.tokens[0], jnp.int32(2)), wanted)
+
+
 def test_a_step_is_forward_backward_update_and_no_more() -> None:
     """The new weights are those of the optimiser on the gradient of the mean loss over scored tokens."""
     run = as_arrays(Run(Addition(length=3), MODEL, AdamW(lr=1e-2), batch=4, steps=5))

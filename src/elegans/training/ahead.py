@@ -41,8 +41,8 @@ class Ready:
 def build(convoy: Convoy, leg: Leg, device: jax.Device, first: bool = True) -> Ready:
     """Compile everything that a leg of a convoy needs; where it is not the `first` one, held-out examples come from the one before."""
     began = time.perf_counter()
-    groups, most = convoy.groups(leg), sum(convoy.legs[0].sizes)
-    programs = Programs(groups[0], device, convoy.plans[0].devices, most) if len(groups) == 1 else Joint(groups, device, most)
+    groups, few = convoy.groups(leg), convoy.evaluated
+    programs = Programs(groups[0], device, convoy.plans[0].devices, few) if len(groups) == 1 else Joint(groups, device, few)
     fresh = programs.compile_all((() if first else ("held_out",)) + (("start", "begin") if leg.start else ()))
     return Ready(programs, time.perf_counter() - began, fresh)
 

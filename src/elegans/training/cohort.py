@@ -96,15 +96,15 @@ class Programs:
 
     _inherits = False  # whether runs start from their parents' weights
 
-    def __init__(self, runs: Sequence[Run], device: jax.Device, devices: int | None = None, most: int | None = None):
+    def __init__(self, runs: Sequence[Run], device: jax.Device, devices: int | None = None, few: int | None = None):
         """Programs for runs of one structure on a device; a CPU's cores share them, at most `devices` of them.
 
-        `most`: replicas of the largest program of the convoy, whose smaller ones evaluate as many at a time.
+        `few`: replicas that a device evaluates at a time, the same in all programs of a convoy.
         """
         task, axes = share(runs)
         self.shapes = shapes_of(resolve(runs[0]))  # of one replica's weights, as the programs have them
         self.spread = spread = Spread(devices_for(device, len(runs), devices), len(runs))
-        few = evaluated(device, len(runs), most)
+        few = evaluated(device, len(runs), few)
         self.few = Spread(devices_for(device, few, devices), few)
         self.runs, self.task = spread.place(stack(runs)), spread.place(task, axes)
         pair: Any = RunData  # of axes, in the shape of the data
@@ -290,9 +290,9 @@ class Programs:
         return each * len(self.spread.devices)  # they are cores of one CPU, or one device
 
 
-def evaluated(device: jax.Device, replicas: int, most: int | None = None) -> int:
-    """Replicas of a program that are evaluated at a time; on a device as many as of the largest program of the convoy."""
-    return -(-(replicas if device.platform == "cpu" or most is None else most) // EVALUATIONS)
+def evaluated(device: jax.Device, replicas: int, few: int | None = None) -> int:
+    """Replicas of a program that are evaluated at a time."""
+    return -(-replicas // EVALUATIONS) if device.platform == "cpu" or few is None else few
 
 
 def taken(tree: Any, index: Int[Array, " replica"]) -> Any:

@@ -6,6 +6,7 @@ than one. Each cohort keeps its own folder, plan and checkpoints. A cohort that 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -17,7 +18,7 @@ import scipy.sparse
 
 from elegans.models import Transformer
 from elegans.sources import classes, is_custom
-from elegans.training.cohort import group, resolve
+from elegans.training.cohort import EVALUATIONS, group, resolve
 from elegans.training.cost import Leg, Rates, rates_of, seconds, shrink
 from elegans.training.joint import Shared
 from elegans.training.planner import CohortPlan, Segment
@@ -25,6 +26,7 @@ from elegans.training.run import Run
 from elegans.training.step import Update
 from elegans.training.transfer import depth, lineage
 
+CALL = 2  # replicas that could be evaluated in the time that a call takes besides
 HALVED = 0.75  # of a family's time, at most: what half of its runs must take for them to be divided
 
 
@@ -55,6 +57,13 @@ class Convoy:
     def runs(self) -> list[Run]:
         """All runs, cohort by cohort."""
         return [run for plan in self.plans for run in plan.runs]
+
+    @functools.cached_property
+    def evaluated(self) -> int:
+        """How many runs a device evaluates at a time: what takes least for those that are due together, up to a part of all."""
+        due = collections.Counter(at for run in self.runs for at in [("test", run.length), *run.record.evaluate.upto(run.length)])
+        sizes = range(1, -(-sum(self.legs[0].sizes) // EVALUATIONS) + 1)
+        return min(sizes, key=lambda size: sum(-(-n // size) for n in due.values()) * (size + CALL))
 
     def members(self, leg: Leg) -> list[int]:
         """The cohorts that a leg trains."""

@@ -55,7 +55,7 @@ class Shared(Task):
 class Joint(Programs):
     """The programs of several groups of runs, each group of one structure, that differ from each other in their task alone."""
 
-    def __init__(self, groups: Sequence[Sequence[Run]], device: jax.Device, most: int | None = None):
+    def __init__(self, groups: Sequence[Sequence[Run]], device: jax.Device, few: int | None = None):
         tasks = [members[0].task for members in groups]
         vocab, longest = max(task.vocab_size for task in tasks), max(task.positions for task in tasks)
         shared = [
@@ -65,7 +65,7 @@ class Joint(Programs):
         ]
         self.sizes = list(map(len, groups))
         self.shapes, self._own = shapes_of(shared[0]), [shapes_of(resolve(members[0])) for members in groups]
-        few = evaluated(device, len(shared), most)
+        few = evaluated(device, len(shared), few)
         self.spread, self.few = Spread([device], len(shared), whole=True), Spread(devices_for(device, few, 1), few)
         made = [share(members) for members in groups]
         self._axes = [axes for _, axes in made]
