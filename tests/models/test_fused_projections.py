@@ -157,3 +157,17 @@ def test_what_the_kernels_do_not_know_takes_another_way(change, served):
         assert not served
         jax.eval_shape(lambda key, model=model: model.apply(model.init(key, 5, 9), jnp.arange(9) % 5, key=key), jax.random.key(0))
     assert served  # without the change
+
+
+def test_a_model_spares_what_nobody_reads_unless_some_part_is_the_user_s(served, monkeypatch):
+    """What a user's own part reads of other positions nobody knows."""
+    monkeypatch.setitem(fused_heads.BLOCKS, 8, fused_heads.Blocks(16, 1))
+    tokens = jnp.arange(33) % 5
+    for own in (False, True):
+        attention = (Attention(), Louder() if own else Attention())
+        model = Transformer(layers=2, d_model=16, heads=2, attention=attention, mlp=None, dtype="bfloat16")
+        params = model.init(jax.random.key(0), 5, 33)
+        whole = model.apply(params, tokens)[0]
+        some = model.logits(params, tokens, jnp.int32(5))
+        assert served and np.array_equal(some[:5], whole[:5]) and np.isfinite(some).all()
+        assert np.array_equal(some[16:], whole[16:]) == own

@@ -89,7 +89,7 @@ class Plan:
 
     def until(self, upto: Array) -> Array:
         """Blocks of which something is read, of the number of positions that are, [1]."""
-        return ((upto.astype(jnp.int32) + self.blocks.rows - 1) // self.blocks.rows).astype(jnp.int32)
+        return (upto.astype(jnp.int32) + self.blocks.rows - 1) // self.blocks.rows
 
     def factor(self, scale: float | Array) -> Array:
         """What makes queries such that their products with keys are exponents of 2."""

@@ -61,9 +61,12 @@ class Convoy:
     @functools.cached_property
     def evaluated(self) -> int:
         """How many runs a device evaluates at a time: what takes least for those that are due together, up to a part of all."""
-        due = collections.Counter(at for run in self.runs for at in [("test", run.length), *run.record.evaluate.upto(run.length)])
+        ending, validated = collections.Counter(run.length for run in self.runs), collections.Counter[int]()  # runs, by step
+        for length, runs in ending.items():
+            validated.update(dict.fromkeys(self.runs[0].record.evaluate.upto(length), runs))
+        times = collections.Counter([*ending.values(), *validated.values()])  # how often so many are due together
         sizes = range(1, -(-sum(self.legs[0].sizes) // EVALUATIONS) + 1)
-        return min(sizes, key=lambda size: sum(-(-n // size) for n in due.values()) * (size + CALL))
+        return min(sizes, key=lambda size: sum(-(-n // size) * often for n, often in times.items()) * (size + CALL))
 
     def members(self, leg: Leg) -> list[int]:
         """The cohorts that a leg trains."""
