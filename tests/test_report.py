@@ -14,7 +14,7 @@ from elegans.figures.scaling import Scaled, scaling
 from elegans.figures.style import precise
 from elegans.figures.within import Against, Effect
 from elegans.files import write_json
-from elegans.instruments import Scaling, measure
+from elegans.instruments import Scaling, Transition, measure
 from elegans.report import words
 from elegans.store import Store
 
@@ -139,7 +139,7 @@ def test_a_written_answer_stands_above_the_computed_one(tmp_path):
 def test_sections_vanish_without_rows(tmp_path):
     page = report.write(synthetic.make(tmp_path, synthetic.small(), tables=("metrics",))).read_text(encoding="utf-8")
     assert sections(page) == ["answer", "learning", "runs", "diverged", "provenance", "cite"]
-    assert "No lead and no ablation was measured" in text(page)
+    assert "No transition and no ablation was measured" in text(page)
 
 
 def test_an_unmeasured_store_says_so(tmp_path):
@@ -160,7 +160,40 @@ def test_a_table_without_the_needed_columns_is_named(tmp_path):
     assert "lead" not in sections(page)
 
 
+def test_groups_are_compared_by_the_loss_alone_where_nothing_was_probed(tmp_path):
+    store = synthetic.make(tmp_path, synthetic.runs_of({"optim.lr": [1e-3, 1e-2], "seed": range(12)}), tables=("metrics",))
+    measure(Transition(), store)
+    page = report.write(store).read_text(encoding="utf-8")
+    assert sections(page)[:3] == ["answer", "groups", "learning"]
+    (row,) = store.table("contrast").to_pylist()
+    said = f"{row['half']:.2f}".replace("-", "−")
+    assert f"the loss falls later, half-way point against half-way point: with lr=0.01 than with lr=0.001 {said} [" in text(page)
+    drawn = next(figure for figure in figures(page) if "Hodges" in figure["layout"]["meta"]["caption"])
+    middles = {trace["name"]: trace["x"] for trace in drawn["data"] if trace["mode"] == "markers"}
+    assert middles == {"half-way point": [row["half"]], "change point": [row["change"]]}
+    assert {trace["marker"]["symbol"][1] for trace in drawn["data"] if "line" in trace["mode"]} == {"triangle-right"}  # some never learn
+
+
 # ---- words
+
+
+def pair(verdict, half, low, high, group="lr=0.01") -> dict:
+    return {"curve": "carry", "group": group, "other": "lr=0.1", "half": half, "half_low": low, "half_high": high, "verdict": verdict}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ([pair("later", 0.3, 0.2, 0.4)], "the carry becomes readable later, half-way point against half-way point: "),
+        ([pair("earlier", -0.3, -0.4, -0.2)], "with lr=0.01 than with lr=0.1 −0.30 [−0.40, −0.20], earlier."),
+        ([pair("undecided", None, 0.2, None)], "beyond what was recorded [0.20, ∞], undecided."),
+        ([pair("undecided", 0.5, None, None), pair("later", 0.1, 0.05, None)], "0.10 [0.05, ∞], later; with lr=0.01"),
+        ([pair("later", i / 10, 0.1, None) for i in range(8)], "; and 2 pairs more, 2 of them decided."),
+    ],
+)
+def test_a_contrast_in_words(pairs, said):
+    (sentence,) = words.answer([], pairs, [], Catalogue({}))
+    assert said in sentence
 
 
 def lead(mean, low, high, verdict, **change) -> Lead:
@@ -194,7 +227,7 @@ def lead(mean, low, high, verdict, **change) -> Lead:
     ],
 )
 def test_a_lead_in_words(row, said):
-    (sentence,) = words.answer([row], [], Catalogue({}))
+    (sentence,) = words.answer([row], [], [], Catalogue({}))
     assert said in sentence
 
 
@@ -208,7 +241,7 @@ def test_a_lead_in_words(row, said):
 )
 def test_loudness_in_words(loudness, said):
     rows = [lead(0.4, 0.2, 0.6, "leads", group=f"lr={i}", loudness=name) for i, name in enumerate(loudness)]
-    (sentence,) = words.answer(rows, [], Catalogue({}))
+    (sentence,) = words.answer(rows, [], [], Catalogue({}))
     assert sentence.endswith(f" By change points, wherever between two recorded steps they were, {said}")
 
 
@@ -233,7 +266,7 @@ def scaled_task(loss: list[float], half=(None, None, None)) -> Scaled:
     ],
 )
 def test_scaling_in_words(task, said):
-    sentence, *_ = words.answer([], [], Catalogue({}), [task])
+    sentence, *_ = words.answer([], [], [], Catalogue({}), [task])
     assert sentence.startswith("The best loss of addition ") and sentence.endswith(said)
 
 
@@ -285,13 +318,13 @@ def test_an_ablation_is_judged_within_the_runs_that_learned(store, page):
 )
 def test_an_ablation_in_words(against, end):
     effect = Effect("addition", "carry", "projection", 3, 5, 0.9, 0.4, 0.2, 0.6, against)
-    (sentence,) = words.answer([], [effect], Catalogue({}))
+    (sentence,) = words.answer([], [], [effect], Catalogue({}))
     assert sentence.startswith("In the 3 of 5 runs that learned, removing the direction of the carry takes exact match from 0.90 to 0.40 [")
     assert sentence.endswith(end)
 
 
 def test_an_ablation_of_runs_that_never_learned_says_so():
-    (sentence,) = words.answer([], [Effect("addition", "carry", "projection", 0, 5, None, None, None, None, ())], Catalogue({}))
+    (sentence,) = words.answer([], [], [Effect("addition", "carry", "projection", 0, 5, None, None, None, None, ())], Catalogue({}))
     assert sentence == "Whether the network uses the carry is not measured: none of the 5 ablated runs learned."
 
 

@@ -7,7 +7,7 @@ from scipy import stats
 import elegans as el
 import synthetic
 from elegans.figures import Tables, paper
-from elegans.figures.effects import contrasts_of
+from elegans.figures.contrasts import contrasts_of
 from elegans.instruments.contrast import WORDS, Seen, contrasts, neighbours
 from elegans.instruments.crossings import EXACT, beyond, shift, verdict
 from elegans.instruments.transition import NEVER_READ, Course, Transition
@@ -132,5 +132,5 @@ def test_the_contrast_of_a_store_is_that_of_when_its_networks_learn(tmp_path) ->
         tables = Tables(store.only(shown))  # of a study of one rate alone, in a store that it shares
         assert [r["curve"] for r in contrasts_of(tables)] == drawn
         tables.close()
-    figure, _ = paper.contrast_forest(rows)
+    figure = paper.contrast_forest(rows)
     assert f"{row['verdict']}, {counts[0]}/12 and {counts[1]}/12" in [text.get_text() for text in figure.axes[0].texts]

@@ -9,6 +9,7 @@ import elegans as el
 import synthetic
 from elegans import specs
 from elegans.describe import run_rows
+from elegans.errors import Invalid
 from elegans.figures import Tables, catalogue
 from elegans.instruments.transition import (
     NEVER_FELL,
@@ -128,6 +129,24 @@ def course(at: float | None, per_decade: int = 40) -> Course:
 def test_quiet_and_loud(leads, per_decade, said) -> None:
     row = Transition()._lead([(course(500.0, per_decade), course(500 / 10**lead, per_decade)) for lead in leads])
     assert row["loudness"] == said and row["mean"] == pytest.approx(np.mean(leads), abs=0.05)
+
+
+def test_without_probes_it_asks_of_the_loss_alone(tmp_path, tables) -> None:
+    """The loss' rows are those that it has beside probes, bit for bit; a store with neither says what is missing."""
+    runs = synthetic.small()
+    alone = {n: t.to_pylist() for n, t in Transition().tables(synthetic.make(tmp_path / "a", runs, tables=("metrics",))).items()}
+    assert [row["run"] for row in alone["transition"]] == [run.id for run in runs] and alone["lead"] == []
+    beside = {row["run"]: row for row in tables["transition"]}
+    for row in alone["transition"]:
+        assert row["feature"] is None and row["feature_step"] is None and row["lead"] is None
+        assert [row[n] for n in ("group", "loss_step", "loss_change")] == [
+            beside[row["run"]][n] for n in ("group", "loss_step", "loss_change")
+        ]
+    assert sum(row["loss_step"] is not None for row in alone["transition"]) == 8
+    for name in ("change", "contrast", "course"):
+        assert alone[name] == [row for row in tables[name] if row["curve"] == "loss"] and (alone[name] or name == "contrast")
+    with pytest.raises(Invalid, match="validation losses, or probes"):
+        Transition().tables(synthetic.make(tmp_path / "b", runs, tables=()))
 
 
 def test_what_never_happened_is_missing_and_never_zero() -> None:

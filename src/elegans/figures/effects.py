@@ -81,13 +81,6 @@ def leads(rows: pa.Table, each: pa.Table) -> list[Lead]:
     return sorted(found, key=lambda lead: lead.feature)
 
 
-def contrasts_of(tables: Tables) -> list[dict[str, Any]]:
-    """The rows of the table `contrast` of which some run got there, of groups that are shown; none where there is no such table."""
-    shown = set(tables.ask(queries.TRANSITION)["group"].to_pylist()) if "transition" in tables.names else set()
-    rows = tables.ask(queries.CONTRAST).to_pylist() if "contrast" in tables.names else []
-    return [row for row in rows if not shown or {row["group"], row["other"]} <= shown]
-
-
 def fields_first(catalogue: Catalogue, tables: Tables) -> list[str]:
     """Differing fields, those that the groups of the table `lead` name before the others."""
     groups = tables.ask(queries.LEAD)["group"].to_pylist() if "lead" in tables.names else []
@@ -100,7 +93,7 @@ def lead_forest(found: list[Lead]) -> go.Figure:
     shown = found[:MOST_ROWS]
     names = dict.fromkeys(lead.feature for lead in shown)
     colour = {feature: style.NAMED[i % len(style.NAMED)] for i, feature in enumerate(names)}
-    ticks = _row_axis([lead.name for lead in shown])
+    ticks = row_axis([lead.name for lead in shown])
     figure = style.blank(
         int(110 + 44 * max(len(shown), 2)), lead_caption(found, len(shown)), yaxis=ticks, showlegend=False, margin={"r": 190},
         xaxis={"title": {"text": "lead: log10(step of the loss / step of the feature), decades"}},
@@ -111,7 +104,7 @@ def lead_forest(found: list[Lead]) -> go.Figure:
     return figure
 
 
-def _row_axis(names: list[str]) -> dict[str, Any]:
+def row_axis(names: list[str]) -> dict[str, Any]:
     """A row for each name, the first on top."""
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [style.text(name, 44) for name in names]}
     return {**ticks, "range": [len(names) - 0.4, -0.6], "showgrid": False}
@@ -224,9 +217,7 @@ def ablation(rows: pa.Table, value: str = "exact_match", who: str = "measured") 
     made = strips(rows, value)
     across = {"title": {"text": EFFECTS[value]}, **({"range": [-0.02, 1.02]} if value == "exact_match" else {"rangemode": "tozero"})}
     height = int(110 + 46 * max(len(made), 2))
-    figure = style.blank(
-        height, ablation_caption(made, value, who), xaxis=across, yaxis=_row_axis([s.name for s in made]), showlegend=False
-    )
+    figure = style.blank(height, ablation_caption(made, value, who), xaxis=across, yaxis=row_axis([s.name for s in made]), showlegend=False)
     for place, strip in enumerate(made):
         _draw_strip(figure, strip, place)
     return figure

@@ -5,7 +5,7 @@ Curves, maps of probes and leads have a line or row for each group of runs that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from elegans.figures import queries, style
 from elegans.figures.attention import AttentionGrid, attention_grid, map_caption
 from elegans.figures.catalogue import SHADES, Catalogue, Grouping, Tables, catalogue
+from elegans.figures.contrasts import Pair, contrast_caption, contrasts_of, counts
 from elegans.figures.curves import MANY, UNITS, Series, about, band, series, y_range
 from elegans.figures.effects import (
     EFFECTS,
@@ -24,7 +25,6 @@ from elegans.figures.effects import (
     Lead,
     Strip,
     ablation_caption,
-    contrasts_of,
     fields_first,
     jitter,
     lead_caption,
@@ -85,7 +85,7 @@ def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Captioned]:
     if found := leads_of(tables):
         drawn["lead"] = lead_forest(found), lead_caption(found, len(found))
     if pairs := contrasts_of(tables):
-        drawn["contrast"] = contrast_forest(pairs)
+        drawn["contrast"] = contrast_forest(pairs), contrast_caption(pairs, min(len(pairs), MOST_ROWS))
     if "ablate" in tables.names:
         who, where = ("that learned", queries.among(runs.learned, len(runs.facts))) if runs.learned else ("measured", "true")
         made = strips(tables.ask(queries.ablation(where)))
@@ -253,7 +253,7 @@ def lead_forest(found: list[Lead]) -> Figure:
     return figure
 
 
-def contrast_forest(pairs: Sequence[Mapping[str, Any]]) -> Captioned:
+def contrast_forest(pairs: Sequence[Pair]) -> Figure:
     """By how much transitions come later in one group than in another: half-way and change points with their intervals."""
     rows = pairs[:MOST_ROWS]
     figure, axes = _blank(0.9 + 0.34 * len(rows))
@@ -261,18 +261,10 @@ def contrast_forest(pairs: Sequence[Mapping[str, Any]]) -> Captioned:
     for place, row in enumerate(rows):
         for name, marker, offset in (("half", "D", -0.14), ("change", "s", 0.14)):
             _draw_shift(axes, row[name], row[f"{name}_low"], row[f"{name}_high"], place + offset, marker)
-        note = f"{row['verdict']}, {row['runs']}/{row['of']} and {row['other_runs']}/{row['other_of']}"
-        axes.text(1.01, place, note, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
+        axes.text(1.01, place, f"{row['verdict']}, {counts(row)}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     name_rows(axes, [f"{row['curve']}: {row['group']}\nvs {row['other']}" for row in rows])
     axes.set_xlabel("later by (decades of steps): half-way point (diamond), change point (square)")
-    cut = f" The first {len(rows)} of {len(pairs)} rows are drawn." if len(rows) < len(pairs) else ""
-    return figure, (
-        "By how many decades of optimiser steps a transition comes later in one group of runs than in another that differs in one field "
-        "(0.3 is a factor of two; left of zero it comes earlier). Diamonds: half-way points; squares: change points; each the median of "
-        "all differences between a run of one and a run of the other (Hodges and Lehmann), with its 95 % interval. Runs that did not get "
-        "there count as later than the end of their record; an arrow is an end that the data do not bound. Numbers: runs that got there, "
-        f"of all in each group. A verdict is given where both intervals say so. Pairs of which no run got there are left out.{cut}"
-    )
+    return figure
 
 
 def _draw_shift(axes: Axes, middle: float | None, low: float | None, high: float | None, place: float, marker: str) -> None:

@@ -81,7 +81,8 @@ class Transition(StoreInstrument):
     averaged over reads and labels (r2 below 0 as 0) at the site that is best at the end, has risen half-way from untrained to its
     end; `lead` = log10(loss_step / feature_step), in decades of training steps (the same as decades of FLOPs), positive where the
     feature came first. Missing where the run never learned, the probe never rose by `least`, or step 0 was not probed. Steps lie
-    between recorded ones, so a lead is no finer than the spacing of evaluations and recorded weights.
+    between recorded ones, so a lead is no finer than the spacing of evaluations and recorded weights. A run without probes has one
+    row, without a feature; and where none has any, this instrument asks of the loss alone.
 
     Per group of runs that differ by seed alone, table `lead`: mean, interval over seeds, and the verdict: leads,
     lags, no lead (the whole interval within `same` of zero), undecided. Chance level 0; no ceiling. `change` is the mean lead of the
@@ -108,17 +109,18 @@ class Transition(StoreInstrument):
     same: float = field(0.1, "decades within which two transitions are the same", gt=0)
 
     def tables(self, store: Store) -> dict[str, pa.Table]:
-        if not store.has("probe"):
-            raise Invalid("store", str(store.path), "transition needs probes: run `elegans measure probe` first")
         losses = _losses(store)
-        features = {key: self._feature(by_site) for key, by_site in _nested(store.sql(READABLE)).items()}
-        groups = _groups(store)
-        rows = [{"group": groups[run].name} | _transition(run, feature, losses[run], seen) for (run, feature), seen in features.items()]
+        features = {key: self._feature(by_site) for key, by_site in _nested(store.sql(READABLE)).items()} if store.has("probe") else {}
+        if not features and not any(loss.steps for loss in losses.values()):
+            raise Invalid("store", str(store.path), "transition needs validation losses, or probes: run `elegans measure probe` first")
+        groups, probed = _groups(store), {run for run, _ in features}
+        rows = [_transition(run, None, losses[run], None) for run in losses if run not in probed]
+        rows += [_transition(run, name, losses[run], seen) for (run, name), seen in features.items()]
         curves = _grouped(groups, {(run, "loss"): course for run, course in losses.items()} | features)
         leads = _grouped(groups, {(run, feature): (losses[run], seen) for (run, feature), seen in features.items()})
         seen = {(g.name, name): [course.seen for course in members] for (g, name), members in curves.items()}
         return {
-            "transition": pa.Table.from_pylist(rows, schema=_TRANSITION),
+            "transition": pa.Table.from_pylist([{"group": groups[row["run"]].name} | row for row in rows], _TRANSITION),
             "lead": pa.Table.from_pylist([{"group": g.name, "feature": f} | self._lead(pairs) for (g, f), pairs in leads.items()], _LEAD),
             "change": pa.Table.from_pylist([self._change(g, name, members) for (g, name), members in curves.items()], _CHANGE),
             "contrast": contrasts(seen, {_name(fields): fields for fields in _told(store).values()}, self.confidence, self.same),
@@ -213,11 +215,18 @@ def _loss(task: Task, points: list[tuple[int, float]]) -> Course:
     return Course(steps, rising, level, step, "" if step else NEVER_FELL, -plateau)
 
 
-def _transition(run: str, feature: str, loss: Course, seen: Course) -> dict[str, Any]:
-    lead = math.log10(loss.step / seen.step) if loss.step and seen.step else None
-    changes = {f"{name}_change": c.change and 10 ** np.mean(decades(c.change)) for name, c in (("loss", loss), ("feature", seen))}
+def _transition(run: str, feature: str | None, loss: Course, seen: Course | None) -> dict[str, Any]:
     level = None if loss.level is None else -loss.level
-    return {"run": run, "feature": feature, "level": level, "loss_step": loss.step, "feature_step": seen.step, "lead": lead} | changes
+    row = {"run": run, "feature": feature, "level": level, "loss_step": loss.step, "loss_change": _middle(loss)}
+    if seen is None:
+        return row
+    lead = math.log10(loss.step / seen.step) if loss.step and seen.step else None
+    return row | {"feature_step": seen.step, "feature_change": _middle(seen), "lead": lead}
+
+
+def _middle(course: Course) -> float | None:
+    """The middle of the recorded steps between which a curve changes."""
+    return None if course.change is None else float(10 ** np.mean(decades(course.change)))
 
 
 def _nested(table: pa.Table) -> dict[tuple[str, str], dict[str, list[tuple[int, float]]]]:

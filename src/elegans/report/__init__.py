@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
+from elegans.figures.contrasts import Pair, contrasts_of
 from elegans.figures.effects import Lead, fields_first, leads_of
 from elegans.figures.scaling import Scaled, grid_of
 from elegans.figures.within import within
@@ -57,13 +59,13 @@ class Section:
 
 def _render(store: Store, tables: Tables) -> str:
     runs = catalogue(store, tables)
-    found = leads_of(tables)
+    found, pairs = leads_of(tables), contrasts_of(tables)
     removed = within(tables.ask(queries.ablation()), runs) if "ablate" in tables.names else []
     grid = grid_of(tables)
-    sections = _sections(tables, runs, found, grid)
+    sections = _sections(tables, runs, found, pairs, grid)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("elegans", "report"), autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.get_template("page.html").render(
-        study=_study(store, runs, words.answer(found, removed, runs, grid), bool(found or removed)), sections=sections,
+        study=_study(store, runs, words.answer(found, pairs, removed, runs, grid), bool(found or pairs or removed)), sections=sections,
         numbers=words.key_numbers(runs) if runs.facts else [],
         runs=runs_table(runs), diverged=diverged_table(runs), provenance=provenance(store), lacking=tables.lacking,
         citations=_citations(tables, sections), embed=_embed, templates=_json({"light": _template(False), "dark": _template(True)}),
@@ -71,12 +73,13 @@ def _render(store: Store, tables: Tables) -> str:
     )  # fmt: skip
 
 
-def _sections(tables: Tables, runs: Catalogue, found: list[Lead], grid: list[Scaled]) -> list[Section]:
+def _sections(tables: Tables, runs: Catalogue, found: list[Lead], pairs: Sequence[Pair], grid: list[Scaled]) -> list[Section]:
     """The sections that have rows."""
     names = tables.names
     by = next(iter(fields_first(runs, tables)), None)
     sections = [
         Section("Lead", panels.lead_panel(found, tables)),
+        Section("Groups", panels.contrast_panel(pairs)),
         Section("Scaling", panels.scaling_panel(grid, tables) if grid else []),
         Section("Learning", panels.curve_panels(tables, runs) if "metrics" in names else []),
         Section("Positions", panels.position_panel(tables, runs, by) if "positions" in names else []),

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from elegans.figures import attention, effects, queries, style
 from elegans.figures.catalogue import Catalogue, Tables
+from elegans.figures.contrasts import Pair, contrast_forest
 from elegans.figures.curves import MANY, UNITS, curves, series, timeline
 from elegans.figures.effects import Lead
 from elegans.figures.maps import position_map, probe_map
@@ -175,6 +176,11 @@ def lead_panel(found: list[Lead], tables: Tables) -> list[Panel]:
     """The forest plot."""
     query = ";\n\n".join([queries.LEAD] + [queries.TRANSITION] * ("transition" in tables.names))
     return [Panel("Does the feature come before the loss?", query, [("", effects.lead_forest(found))])] if found else []
+
+
+def contrast_panel(pairs: Sequence[Pair]) -> list[Panel]:
+    """The forest plot of groups of runs."""
+    return [Panel("In which group does it come later?", queries.CONTRAST, [("", contrast_forest(pairs))])] if pairs else []
 
 
 def ablation_panel(tables: Tables, runs: Catalogue) -> list[Panel]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from elegans.figures import style
 from elegans.figures.catalogue import LEARNED, Catalogue, Facts
+from elegans.figures.contrasts import Pair, shift_text
 from elegans.figures.effects import Lead, plural
 from elegans.figures.scaling import Scaled
 from elegans.figures.within import Against, Effect
@@ -28,16 +29,20 @@ MANY_GROUPS = {
 }
 
 
-def answer(found: Sequence[Lead], removed: Sequence[Effect], runs: Catalogue, grid: Sequence[Scaled] = ()) -> list[str]:
-    """A sentence for every task's scaling and every feature's lead and ablation, from their rows; where there are none they say so."""
+def answer(
+    found: Sequence[Lead], pairs: Sequence[Pair], removed: Sequence[Effect], runs: Catalogue, grid: Sequence[Scaled] = ()
+) -> list[str]:
+    """A sentence for every task's scaling, feature's lead, curve's contrast and ablation, from their rows; or that there are none."""
     features = dict.fromkeys(lead.feature for lead in found)
     sentences = [_scaling_sentence(task) for task in grid]
     for feature in features:
         groups = [lead for lead in found if lead.feature == feature]
         sentences.append(_lead_sentence(feature, groups) + _loudness(groups))
+    curves = sorted({pair["curve"] for pair in pairs}, key=lambda curve: (curve != "loss", curve))
+    sentences += [_contrast_sentence(curve, [pair for pair in pairs if pair["curve"] == curve]) for curve in curves]
     several = {name: len({getattr(e, name) for e in removed}) > 1 for name in ("task", "method")}
     sentences += [_ablation_sentence(effect, **several) for effect in removed]
-    return sentences or ["No lead and no ablation was measured in this store.", learned_sentence(runs)]
+    return sentences or ["No transition and no ablation was measured in this store.", learned_sentence(runs)]
 
 
 def learned_sentence(runs: Catalogue) -> str:
@@ -133,6 +138,19 @@ def _interval(lead: Lead, sign: int = 1) -> str:
 def _signed(value: float) -> str:
     """Two decimals and a true minus sign."""
     return f"{value:.2f}".replace("-", "−")
+
+
+# ---- contrasts of groups
+
+
+def _contrast_sentence(curve: str, pairs: Sequence[Pair]) -> str:
+    """By how much a transition comes later in one group of runs than in another, those pairs first that are decided."""
+    what = "the loss falls" if curve == "loss" else f"{the(curve)} becomes readable"
+    order = sorted(pairs, key=lambda p: (p["verdict"] == "undecided", -abs(p["half"] or 0)))
+    said = [f"with {p['group']} than with {p['other']} {shift_text(p, 'half')}, {p['verdict']}" for p in order[:MOST_GROUPS]]
+    rest = order[MOST_GROUPS:]
+    more = [f"and {plural(len(rest), 'pair')} more, {sum(p['verdict'] != 'undecided' for p in rest)} of them decided"] if rest else []
+    return f"By how many decades of steps {what} later, half-way point against half-way point: {'; '.join(said + more)}."
 
 
 # ---- ablation
