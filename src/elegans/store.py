@@ -118,10 +118,11 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(_line(slot, run), sort_keys=True) for slot, run in enumerate(plan.runs)]
         write_text(folder / "spec.json", "\n".join(lines) + "\n")
-        files = sorted({f for run in plan.runs for f in custom_files(run)})
+        files = custom_files(plan.runs)
         for file in files:
-            (folder / "source").mkdir(exist_ok=True)
-            write_text(folder / "source" / file.name, file.read_text(encoding="utf-8"))
+            copied = folder / "source" / file.relative_to(os.path.commonpath([f.parent for f in files]))
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            write_text(copied, file.read_text(encoding="utf-8"))
         write_json(folder / "provenance.json", provenance)
         write_json(folder / "plan.json", plan.to_dict())
         return Cohort(folder)
