@@ -50,18 +50,13 @@ def attention(sizes: list[int], blocks: Any) -> tuple[Callable, tuple[Any, ...]]
     drawn = functools.partial(jax.random.normal, jax.random.key(2), dtype=jnp.bfloat16)
     angles = Rotary().angles(length, e)
     if blocks:
-        fused_heads.BLOCKS[padded_head(e)] = blocks
+        fused_heads.BLOCKS[fused_heads.entry(e)] = blocks
 
     def both(qkv: Any, dz: Any) -> Any:
         z, pull = jax.vjp(lambda x: fused_attention.attention(x, HEADS, 1.0, angles), qkv)
         return z, pull(dz)
 
     return jax.vmap(both), (drawn((rows, length, 3 * HEADS * e)), drawn((rows, length, HEADS * e)))
-
-
-def padded_head(e: int) -> int:
-    """The entry of attention's table that a head of this width has."""
-    return next(width for width in fused_heads.BLOCKS if e <= width)
 
 
 def tokens(part: str, sizes: list[int], blocks: Any) -> tuple[Callable, tuple[Any, ...]]:

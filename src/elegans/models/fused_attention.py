@@ -231,4 +231,4 @@ def attention(
     so have a gradient, the others' are anything finite, and their own gradients zero or what they would be.
     """
     plan = Plan(qkv.shape[0], heads, qkv.shape[1] // (3 * heads), interpret)
-    return _one(plan, qkv, plan.read(upto), plan.factor(scale), plan.tables(angles))
+    return _one(plan, qkv, plan.positions_read(upto), plan.factor(scale), plan.tables(angles))

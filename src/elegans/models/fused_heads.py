@@ -34,6 +34,11 @@ BLOCKS = {8: Blocks(16, 1), 16: Blocks(32, 1), 32: Blocks(32, 2), 64: Blocks(64,
 LARGEST = max(blocks.rows for blocks in BLOCKS.values())
 
 
+def entry(d_head: int) -> int:
+    """The entry of the table that heads of a width have."""
+    return next(widest for widest in BLOCKS if d_head <= widest)
+
+
 # ---- sizes
 
 
@@ -67,7 +72,7 @@ class Plan:
 
     @property
     def blocks(self) -> Blocks:
-        return next(blocks for widest, blocks in BLOCKS.items() if self.d_head <= widest)
+        return BLOCKS[entry(self.d_head)]
 
     @property
     def count(self) -> int:
@@ -83,7 +88,7 @@ class Plan:
         """Of a number for each head, in whole tiles, and position."""
         return jax.ShapeDtypeStruct((self.tiles * self.together, self.length), jnp.float32)
 
-    def read(self, upto: Array | None) -> Array:
+    def positions_read(self, upto: Array | None) -> Array:
         """The number of positions that are read, [1], and a float: JAX asks for the gradient of whatever goes in."""
         return jnp.full(1, self.length if upto is None else upto, jnp.float32)
 

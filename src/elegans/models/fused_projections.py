@@ -154,4 +154,4 @@ def block(
     operands |= {"W_out": attn["W_O"].reshape(h * e, d), **({"b_out": attn["b_O"]} if "b_O" in attn else {})}
     operands |= {"factor": heads.factor(scale), **dict(zip(fused_heads.TABLES, heads.tables(angles), strict=False))}
     plan = _Plan(formula, names, d, 3 * h * e, BLOCKS[padded(d)], interpret, heads=heads)
-    return _rows((plan, tuple(operands)), x, heads.read(upto), *operands.values())
+    return _rows((plan, tuple(operands)), x, heads.positions_read(upto), *operands.values())
