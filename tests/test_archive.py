@@ -10,7 +10,7 @@ from unittest import mock
 import pyarrow.parquet as pq
 import pytest
 
-from elegans import study
+from elegans import driver
 from elegans.errors import StoreError
 from elegans.files import write_table
 from elegans.loading import load_study
@@ -152,9 +152,9 @@ def train_until(runs, store, step=None):
         if stage == "event" and isinstance(detail, Checkpoint) and detail.step == step:
             raise KeyboardInterrupt
 
-    written = mock.patch.object(study, "CHECKPOINT_SHARE", math.inf)  # every checkpoint is
+    written = mock.patch.object(driver, "CHECKPOINT_SHARE", math.inf)  # every checkpoint is
     with written, pytest.raises(KeyboardInterrupt) if step else contextlib.nullcontext():
-        study.train(runs, store, listener=listener)
+        driver.train(runs, store, listener=listener)
     return began[0]
 
 

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 
 import elegans as el
+from elegans.driver import train
 from elegans.errors import Invalid
 from elegans.instruments import Probe
 from elegans.store import Store
-from elegans.study import Study, check_study, train
+from elegans.study import Study, check_study
 from elegans.training.ahead import Ahead
 from elegans.training.convoy import Convoy
 from elegans.training.device import choose

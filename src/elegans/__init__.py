@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "driver": "train",
     "errors": "Invalid StoreError",
     "figures": "drawing",
     "instruments": "Ablate AcrossCompute AttentionMaps Circuit Dynamics Evaluate Instrument Layout Patch Probe ReplicaInstrument Scaling "
@@ -15,7 +16,7 @@ _HOME = {
     "network": "Network load",
     "specs": "Spec field grid identity note replace spec structure varies",
     "store": "Store",
-    "study": "Study draw_study run_study train",
+    "study": "Study draw_study run_study",
     "tasks": "ActivitySelection Addition BinaryCopy BitParity BreadthFirstSearch Curriculum DepthFirstSearch GraphTask InnerProduct "
     "IterativeTask LongestCommonSubsequence Majority MajorityOfMajority MaximumSubarray MinimumSpanningTree Mixture "
     "Multiplication Parity Polynomial Several ShortestPath Sorting Split Task TopologicalSort check_task",

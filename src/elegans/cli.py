@@ -85,9 +85,10 @@ def run(
 ) -> None:
     """Train, measure and report. Run it again to go on: finished runs are skipped, unfinished ones resume."""
     from elegans.describe import plan_rows, run_summary
+    from elegans.driver import prepare
     from elegans.loading import load_study, parse_overrides, parse_share
     from elegans.progress import Display
-    from elegans.study import check_study, prepare, run_study
+    from elegans.study import check_study, run_study
 
     _load(with_)
     asked = load_study(study, small).override(parse_overrides(overrides or [])).within(max_budget)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from elegans import specs
+from elegans.driver import Work
 from elegans.errors import Invalid, StoreError
 from elegans.files import write_arrays, write_json
 from elegans.instruments import Instrument
@@ -23,7 +24,6 @@ from elegans.models import Transformer
 from elegans.randomness import Purpose, key_for
 from elegans.specs import find_kind, grid, kinds
 from elegans.store import Store
-from elegans.study import Work
 from elegans.tasks import Addition, Task
 from elegans.tasks.base import PARTS
 from elegans.tasks.checks import check_rows, check_task

@@ -11,6 +11,7 @@ import pyarrow.csv
 import pytest
 
 from elegans import replace
+from elegans.driver import train
 from elegans.errors import Invalid, StoreError
 from elegans.figures.iteration import fit_law, forgetting, half_ways, joint, law, table
 from elegans.figures.lines import Lines, natural
@@ -20,7 +21,7 @@ from elegans.instruments.crossings import interval
 from elegans.loading import load_study, study_of
 from elegans.store import Store
 from elegans.studies import iteration_heads as ih
-from elegans.study import Study, draw_study, run_study, train
+from elegans.study import Study, draw_study, run_study
 from elegans.tasks import BinaryCopy, Split
 from elegans.training import At
 from elegans.training.cohort import group

@@ -24,17 +24,18 @@ from elegans import (
     StoreError,
     SwiGLU,
     Transformer,
+    driver,
     follow,
     grid,
     load,
     replace,
     spec,
-    study,
     train,
 )
+from elegans.driver import prepare
 from elegans.sources import code_of
 from elegans.specs import from_dict, to_dict
-from elegans.study import Study, prepare
+from elegans.study import Study
 from elegans.tasks.sampling import prepare as prepare_task
 from elegans.training.cohort import group, resolve
 from elegans.training.convoy import divide
@@ -238,7 +239,7 @@ def stop_after_a_checkpoint(store, cohort):
 
     for path in [p for p in cohort.path.iterdir() if p.suffix in (".parquet", ".safetensors") or p.name == "status.json"]:
         path.unlink()
-    with pytest.raises(KeyboardInterrupt), mock.patch.object(study, "CHECKPOINT_SHARE", math.inf):  # every checkpoint is written
+    with pytest.raises(KeyboardInterrupt), mock.patch.object(driver, "CHECKPOINT_SHARE", math.inf):  # every checkpoint is written
         train(TRANSFERS, store.path, listener=listener)
     assert cohort.status()["step"] == 3
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import elegans as el
-from elegans import study
+from elegans import driver
 from elegans.folder import Writer
 from elegans.store import Store
 from elegans.training.ahead import Ahead
@@ -47,13 +47,13 @@ def planned(rates: Rates = GPU) -> list:
 
 def stored(path, monkeypatch, rates: Rates = EAGER, **how) -> Store:
     """The runs, trained together."""
-    real = study.prepare
+    real = driver.prepare
     gathered = lambda work: dataclasses.replace(work, new=form(work.new, rates, MEMORY))  # noqa: E731
-    monkeypatch.setattr(study, "prepare", lambda *args, **kwargs: gathered(real(*args, **kwargs)))
+    monkeypatch.setattr(driver, "prepare", lambda *args, **kwargs: gathered(real(*args, **kwargs)))
     try:
-        return study.train(runs(), path, device="cpu", **how)
+        return driver.train(runs(), path, device="cpu", **how)
     finally:
-        monkeypatch.setattr(study, "prepare", real)
+        monkeypatch.setattr(driver, "prepare", real)
 
 
 def rows(store: Store, table: str = "metrics") -> list[dict]:
@@ -64,7 +64,7 @@ def rows(store: Store, table: str = "metrics") -> list[dict]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Store:
-    return study.train(runs(), tmp_path_factory.mktemp("alone"), device="cpu")
+    return driver.train(runs(), tmp_path_factory.mktemp("alone"), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_killed_between_any_two_files_it_goes_on_to_the_same_bits(step, closed, 
             raise Stop
 
     monkeypatch.setattr(Writer, "close", stops)
-    monkeypatch.setattr(study, "CHECKPOINT_SHARE", 1e9)  # every checkpoint is written
+    monkeypatch.setattr(driver, "CHECKPOINT_SHARE", 1e9)  # every checkpoint is written
     with pytest.raises(Stop):
         stored(tmp_path / "s", monkeypatch)
     monkeypatch.setattr(Writer, "close", close)
@@ -251,7 +251,7 @@ def test_shares_keep_together_what_trains_together():
 
 
 def test_where_others_must_go_back_further_than_those_that_ended_they_go_on_to_the_same_bits(together, tmp_path, monkeypatch):
-    real = study.train_convoy
+    real = driver.train_convoy
 
     def until_13(*args):
         for event in real(*args):
@@ -259,9 +259,9 @@ def test_where_others_must_go_back_further_than_those_that_ended_they_go_on_to_t
                 raise Stop
             yield event
 
-    monkeypatch.setattr(study, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(driver, "CHECKPOINT_SHARE", 1e9)
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(study, "train_convoy", until_13)
+        patch.setattr(driver, "train_convoy", until_13)
         stored(tmp_path / "s", patch)
     ended = [c for c in Store(tmp_path / "s").cohorts() if c.status()["finished"]]
     left = [c for c in Store(tmp_path / "s").cohorts() if not c.status()["finished"]]
@@ -278,7 +278,7 @@ def test_a_cohort_without_its_convoy_goes_on_alone(together, tmp_path, monkeypat
     left = [c for c in store.cohorts() if not c.status()["finished"]]
     assert len(left) == 3
     store.remove(left[1:])
-    study.train(left[0].specs(), store.path, device="cpu")
+    driver.train(left[0].specs(), store.path, device="cpu")
     assert left[0].status()["recompiled"] and not any(c.status()["recompiled"] for c in together.cohorts())
     got = {r["run"]: r["loss"] for r in rows(Store(store.path)) if r["split"] == "test"}
     want = {r["run"]: r["loss"] for r in rows(together) if r["split"] == "test"}

@@ -5,6 +5,7 @@
     elegans run quiet_features --share 1/4 --minutes 9    # one of four GPUs; then `elegans archive` and `elegans merge`
     elegans run quiet_features.within                     # one setting of each task, probed and ablated as it trains
     elegans run quiet_features.across                     # one architecture at ever larger budgets, probed at their ends
+    elegans run quiet_features.multiplication             # the carries of a short multiplication, as it is learned
     elegans run quiet_features --small                    # two CPU cores, about five minutes
 
 Ten algorithmic languages, each trained at 7 widths, 2 depths, 4 learning rates and 2 batch sizes for budgets of 1e9,
@@ -151,6 +152,21 @@ def within() -> Made:
         run = changed(task, setting | {"batch": 8, "record": recorded, "label": "{task} seed={seed}"})
         runs += grid(run, {"seed": range(64 if add else 8)})
     return runs, (Probe(), Ablate(at="final", draws=16), Transition())
+
+
+@PARTS.part(draw)
+def multiplication() -> Made:
+    """When do the carries of a long multiplication become readable while one network trains, and does it use them?
+
+    Of 8-bit numbers, since 16-bit ones take 1e15 FLOPs: four layers of width 64, batches of 64, 2.2e13 FLOPs (8,000 steps) in float32,
+    8 seeds, weights recorded ten times a decade, probed after every block and ablated. Cost: an hour and a half of two CPU cores.
+    Expect, from the paper (16 bits, carry_16): the first operand and the last carry before the loss.
+    """
+    ten = LogSpaced(per_decade=10)
+    recorded = Record(train=ten, evaluate=ten, weights=ten, examples=1000, by_position=False)
+    setting = {"model.d_model": 64, "model.dtype": "float32", "optim.lr": 1e-3, "flops": 2.2e13}
+    run = changed(Multiplication(length=8), setting | {"batch": 64, "record": recorded, "label": "{task} seed={seed}"})
+    return grid(run, {"seed": range(8)}), (Probe(), Ablate(at="final", draws=16), Transition())
 
 
 @PARTS.part(draw)
