@@ -1,12 +1,16 @@
 """Bad input: one line, exit status 2, nothing written, nothing compiled."""
 
 import json
+import sys
+from unittest import mock
 
 import pytest
 
+import elegans as el
 import synthetic
+from elegans import specs
 from elegans.errors import StoreError
-from elegans.loading import from_yaml, parse_overrides
+from elegans.loading import from_yaml, load_study, parse_overrides
 from elegans.store import Store
 from running import elegans
 
@@ -27,6 +31,8 @@ BAD_FILES = {
     "negative width": (GOOD.replace("d_model: 16", "d_model: -16"), "d_model", "-16", ">= 1"),
     "indivisible width": (GOOD.replace("d_model: 16", "d_model: 15"), "d_model", "15", "multiple of heads=2"),
     "empty sweep": (GOOD + "sweep: {optim.lr: []}\n", "optim.lr", "[]", "at least one value"),
+    "a sweep that is a list": (GOOD + "sweep: [1]\n", "sweep", "[1]", "dotted fields"),
+    "a sweep of numbers": (GOOD + "sweep: {1: [2]}\n", "sweep", "{1: [2]}", "dotted fields"),
     "sweep of no list": (GOOD + "sweep: {optim.lr: 1e-3}\n", "optim.lr", "0.001", "list"),
     "sweep of an unknown field": (GOOD + "sweep: {optim.rate: [1]}\n", "optim.rate", "rate", "lr"),
     "duplicate key": (GOOD + "  steps: 20\n", "bad.yaml", "bad.yaml", "duplicate key"),
@@ -90,6 +96,9 @@ def test_bad_yaml(name, tmp_path):
         (["--memory", "plenty"], ["memory", "plenty", "8GiB"]),
         (["--resume"], ["nothing to resume"]),
         (["--with", "nowhere.py"], ["nowhere.py", "exists"]),
+        (["--small"], ["small", "no small version"]),
+        (["--minutes", "nan"], ["--minutes", "nan"]),
+        (["--memoty", "1GiB"], ["No such option", "--memoty"]),
     ],
 )
 def test_bad_words(words, said, tmp_path):
@@ -229,7 +238,121 @@ def test_nothing_to_draw(tmp_path):
         (["show", "parity", "shortest=20"], ["shortest", "20", "length=16"]),
         (["bench", "--replicas", "0"], ["replicas", "0", "above 0"]),
         (["bench", "--d-model", "13"], ["d_model", "13", "heads=4"]),
+        (["bench", "--seconds", "nan"], ["seconds", "nan", "above 0"]),
+        (["show", "addition", "--examples", "-1"], ["--examples", "-1"]),
+        (["shwo"], ["No such command", "shwo"]),
+        (["show"], ["task", "show --help"]),
     ],
 )
 def test_other_commands(words, said):
     assert_refused(elegans(*words), *said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\ndef broken(:\n", ["SyntaxError in line 2"]),
+        ("x = 1\nimport nowhere_at_all\n", ["ModuleNotFoundError in line 2", "nowhere_at_all"]),
+        ("def f():\n    return 1 / 0\n\nf()\n", ["ZeroDivisionError in line 2", "division by zero"]),
+        ("import sys\nsys.exit(3)\n", ["SystemExit in line 2"]),
+        ("x = 'caf\u00e9'\n", ["SyntaxError"]),
+    ],
+)
+def test_a_file_that_python_refuses(text, said, tmp_path, monkeypatch):
+    """One line says where; and a file that was mended is read again."""
+    monkeypatch.delitem(sys.modules, "refused", raising=False)
+    file = tmp_path / "refused.py"
+    file.write_bytes(text.encode("latin-1"))
+    assert_refused(elegans("run", file, "--store", tmp_path / "store"), "refused.py", *said)
+    file.write_text("import elegans as el\nstudy = []\n", encoding="utf-8")
+    assert_refused(elegans("run", file, "--store", tmp_path / "store"), "runs", "at least one run")
+
+
+def test_a_folder_where_nothing_can_be_written(tmp_path):
+    """Whatever the reason: one line with the path, and no half-written file."""
+    store = synthetic.make(tmp_path / "store", synthetic.small()[:2], tables=("metrics",))
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "nowhere" / "a.tar.xz", tmp_path / "folder"):
+        answer = elegans("archive", store.path, path)
+        assert answer.status == 2 and len(answer.err.splitlines()) == 1 and path.name in answer.err
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_classes_of_one_name_are_refused_before_anything_is_written(tmp_path):
+    text = """
+import elegans as el
+
+@el.spec
+class Transformer(el.Transformer):
+    pass
+
+study = [el.Run(el.Addition(length=3), Transformer(layers=1, d_model=8, heads=2), steps=1)]
+"""
+    (tmp_path / "namesake.py").write_text(text)
+    before = {kind: list(classes) for kind, classes in specs._KINDS.items()}
+    try:
+        for words in ([], ["--plan"]):
+            assert_refused(elegans("run", tmp_path / "namesake.py", "--store", tmp_path / "store", *words), "transformer", "taken twice")
+    finally:
+        specs._KINDS.clear()
+        specs._KINDS.update(before)
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path):
+    store = synthetic.make(tmp_path / "store", synthetic.small()[:2], tables=("metrics",))
+    with mock.patch.object(Store, "sql", side_effect=KeyboardInterrupt):
+        answer = elegans("sql", store.path, "select 1")
+    assert (answer.status, answer.out) == (130, "") and "the same command goes on" in answer.err and len(answer.err.splitlines()) == 1
+
+
+def test_answers_of_sql_are_json_that_every_reader_takes(tmp_path):
+    store = synthetic.make(tmp_path / "store", synthetic.small()[:2], tables=("metrics",))
+    query = """select sum(step)::hugeint as whole, 1.25::decimal(5, 2) as part, 'nan'::float as lost, [1.0, 'inf'::double] as pair,
+      timestamp '2020-01-02' as day, {'a': 'x'} as inner from metrics"""
+    (row,) = json.loads(elegans("sql", store.path, query, "--json").out)
+    whole = store.sql("select step from metrics")["step"].to_pylist()
+    assert row == {"whole": sum(whole), "part": 1.25, "lost": None, "pair": [1.0, None], "day": "2020-01-02 00:00:00", "inner": {"a": "x"}}
+
+
+def test_columns_of_one_name_are_told_apart(tmp_path):
+    store = synthetic.make(tmp_path / "store", synthetic.small()[:2], tables=("metrics",))
+    rows = store.sql("select 1 as a, 2 as a, 3 as a_1, 4 as a, 5 as b")
+    assert rows.to_pylist() == [{"a": 1, "a_2": 2, "a_1": 3, "a_3": 4, "b": 5}]
+    said = elegans("sql", store.path, "select 'x' as a, 'y' as a").out.split()
+    assert said == ["a", "a_1", "x", "y"]
+
+
+def test_no_runs_are_refused(tmp_path):
+    with pytest.raises(el.Invalid, match=r"a list of elegans\.Run, one at least"):
+        el.train([], tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_file_without_a_name_of_its_own_keeps_results_under_the_file_s(tmp_path, monkeypatch):
+    """As the README has it: mine.py -> runs/mine, and its small version beside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine_unnamed", raising=False)
+    (tmp_path / "mine_unnamed.py").write_text("""
+import elegans as el
+run = el.Run(el.Addition(length=3), el.Transformer(layers=1, d_model=8, heads=2), batch=4, steps=1)
+study = el.Study([run])
+small = el.Study([run], name="by_hand")
+""")
+    assert load_study("mine_unnamed.py").name == "mine_unnamed" and load_study("mine_unnamed.py", small=True).name == "by_hand"
+
+
+def test_a_plan_says_where_its_bytes_are_bounds(tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    for memory, bounds in (("4GiB", False), ("100KB", True)):
+        answer = elegans("run", tmp_path / "good.yaml", "seed=0..3", "--store", tmp_path / "store", "--memory", memory, "--plan")
+        assert answer.status == 0 and ("bytes are bounds" in answer.err) == bounds
+
+
+def test_evaluation_without_a_task_to_measure_on():
+    runs = synthetic.small()[:2]
+    with pytest.raises(el.Invalid, match="no run goes on from another"):
+        el.Evaluate().check_names(runs)
+    for instrument in (el.Evaluate(own=True), el.Evaluate(task=runs[0].task)):
+        instrument.check_names(runs)
+    el.Evaluate().check_names([runs[0], el.replace(runs[1], "after", runs[0])])

@@ -27,13 +27,14 @@ from elegans import (
     Spec,
 )
 from elegans.folder import Cohort, parent_of
-from elegans.specs import _KINDS, fill, is_abstract
+from elegans.specs import _KINDS, is_abstract
 from elegans.tasks.sampling import prepare
 from elegans.training import ahead, train
 from elegans.training.cohort import resolve, stack
 from elegans.training.convoy import Convoy
 from elegans.training.evaluation import Evaluation, draw_held_out, evaluate
 from elegans.training.planner import plan
+from elegans.training.run import fill
 from elegans.training.step import State, draw_batch, draw_data, start
 from elegans.types import Example
 from field_cases import APART, BASE, CASES, LISTED, based

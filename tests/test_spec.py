@@ -24,6 +24,7 @@ from elegans import (
     LayerNorm,
     Learned,
     Linear,
+    Lion,
     Optimizer,
     RMSNorm,
     Run,
@@ -39,7 +40,8 @@ from elegans import (
     replace,
     spec,
 )
-from elegans.specs import fill, flat, from_dict, get, to_dict
+from elegans.specs import flat, from_dict, get, to_dict
+from elegans.training.run import fill
 
 RUN = Run(Addition(length=4), Transformer(layers=1, d_model=8, heads=2), AdamW(lr=1e-3, schedule=Cosine(warmup=0.1)), batch=4, steps=10)
 DATA = {
@@ -219,6 +221,17 @@ def test_grids_are_products_with_the_last_axis_fastest() -> None:
     made = grid(RUN, {"optim.lr": [1e-3, 1e-2], "task.length": [4, 5, 6], "seed": range(4)})
     assert [(r.optim.lr, r.task.length, r.seed) for r in made] == [(lr, n, s) for lr in (1e-3, 1e-2) for n in (4, 5, 6) for s in range(4)]
     assert made[0].model is RUN.model or made[0].model == RUN.model
+
+
+def test_fields_that_bind_each_other_change_together_in_any_order() -> None:
+    axes = {"model.heads": [3], "model.d_model": [12], "steps": [None], "flops": [1e6], "optim.lr": [0.5], "optim": ["lion"]}
+    for items in (list(axes.items()), list(axes.items())[::-1]):
+        (made,) = grid(RUN, dict(items))
+        assert (made.model.heads, made.model.d_model, made.steps, made.flops, made.optim) == (3, 12, None, 1e6, Lion(lr=0.5))
+    with pytest.raises(Invalid, match="multiple of heads=3"):
+        grid(RUN, {"model.heads": [3], "model.d_model": [8]})
+    both = grid(RUN, {"model.position": [None], "model.heads+model.layers": [1, 2]})[1].model
+    assert (both.position, both.heads, both.layers) == (None, 2, 2)
 
 
 def test_grids_sweep_kinds_whole_specs_and_off() -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import decimal
+import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+STOPPED = 130  # what a command returns that was interrupted
 
 app = typer.Typer(
     add_completion=False,
@@ -56,7 +61,7 @@ def show(
 
     _load(with_)
     found = describe_task(task, parse_overrides(overrides or []), examples, seed, check)
-    print(json.dumps(found) if as_json else draw_task(found))
+    print(_json(found) if as_json else draw_task(found))
     if check and not as_json:
         import pyarrow as pa
 
@@ -97,7 +102,13 @@ def run(
     options: dict[str, Any] = {"device": device, "memory": memory, "again": again, "resume": resume}
     if plan:
         check_study(asked)
-        _print(plan_rows(prepare(asked.runs, folder, **options, compile_to_measure=False)), as_json)
+        work = prepare(asked.runs, folder, **options, compile_to_measure=False)
+        _print(plan_rows(work), as_json)
+        if any(planned.bytes > work.memory for planned in work.new):
+            print(
+                "bytes are bounds: cohorts above the memory budget are measured when they train, and made smaller",
+                file=sys.stderr,
+            )
         return
     with Display() as display:
         page = run_study(asked, folder, display, minutes=minutes, **options)
@@ -247,7 +258,7 @@ def _load(files: Sequence[Path] | None) -> None:
 
 def _print(table: pa.Table, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([{k: _plain(v) for k, v in row.items()} for row in table.to_pylist()]))
+        print(_json(table.to_pylist()))
         return
     from rich.console import Console
     from rich.table import Table
@@ -261,8 +272,21 @@ def _print(table: pa.Table, as_json: bool) -> None:
     Console(width=width, highlight=False, markup=False).print(shown)
 
 
+def _json(value: Any) -> str:
+    """JSON that every reader takes: what is no number is null, and what JSON has no word for is text."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
 def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and value != value else value
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, decimal.Decimal):  # DuckDB's sums of whole numbers
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def _short(value: Any) -> str:
@@ -273,14 +297,35 @@ def main() -> None:
     """Run the command line: errors of the user are one line and exit status 2."""
     from elegans.errors import Invalid, StoreError
 
+    usage_error: Any = typer.BadParameter.__base__  # whatever is wrong with the words of a command
     try:
-        app()
+        status = app(standalone_mode=False)
     except (Invalid, StoreError) as error:
-        print(f"elegans: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        _fail(str(error))
+    except usage_error as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        given = _given(getattr(error, "param", None))
+        where = error.ctx.command_path if error.ctx else "elegans"
+        _fail(f"{error.format_message().rstrip('.')}{given and f', not {given}'}; see {where} --help")
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    if status == STOPPED:
         print("elegans: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(status or 0)
+
+
+def _given(option: Any) -> str:
+    """The word after an option on the command line; nothing where there is none."""
+    words = sys.argv[1:]
+    found = [after for word, after in itertools.pairwise(words) if word in getattr(option, "opts", ())]
+    return found[-1] if found else ""
+
+
+def _fail(words: str) -> NoReturn:
+    print(f"elegans: {' '.join(words.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -61,9 +62,7 @@ def make_task(kind: str, overrides: Mapping[str, Sequence[Any]]) -> Task:
         task: Task = specs.from_dict(Task, {"kind": kind})
     except Invalid as error:
         raise Invalid("task", kind, error.allowed) from None if error.field == "kind" else error
-    for path, values in overrides.items():
-        task = specs.replace(task, path, _single(task, path, values))
-    return task
+    return specs.replace_all(task, {path: _single(task, path, values) for path, values in overrides.items()})
 
 
 def _single(spec: specs.Spec, path: str, values: Sequence[Any]) -> Any:
@@ -137,14 +136,19 @@ def draw_task(found: dict[str, Any]) -> str:
     ]
     for example in found["examples"]:
         cells = [found["vocab"][t] for t in example["tokens"]]
-        width = max(map(len, cells)) + 1
+        truths = {name: _by_place(truth) for name, truth in example["truth"].items()}
+        width = max(map(len, [*cells, *(text for at in truths.values() for text in at.values())])) + 1
         indent = max([len("scored"), *map(len, example["truth"])]) + 2
         lines += ["", " " * indent + "".join(c.ljust(width) for c in cells)]
         lines.append("scored".ljust(indent) + "".join(("." if s else "").ljust(width) for s in example["scored"]))
-        for name, truth in example["truth"].items():
-            at = {p: v for p, v in zip(truth["positions"], truth["values"], strict=True) if p >= 0}
-            lines.append(name.ljust(indent) + "".join(str(at.get(p, "")).ljust(width) for p in range(len(cells))))
+        lines += [name.ljust(indent) + "".join(at.get(p, "").ljust(width) for p in range(len(cells))) for name, at in truths.items()]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _by_place(truth: Mapping[str, Any]) -> dict[int, str]:
+    """The values of a truth, by the position where each is read, several labels as 0110."""
+    pairs = zip(truth["positions"], truth["values"], strict=True)
+    return {p: "".join(map(str, v)) if isinstance(v, list) else f"{v:g}" for p, v in pairs if p >= 0}
 
 
 # ---- plans and runs
@@ -225,8 +229,7 @@ def measure_store(
         instrument: Instrument = specs.from_dict(Instrument, {"kind": kind})
     except Invalid as error:
         raise Invalid("instrument", kind, error.allowed) from None
-    for path, values in overrides.items():
-        instrument = specs.replace(instrument, path, _single(instrument, path, values))
+    instrument = specs.replace_all(instrument, {path: _single(instrument, path, values) for path, values in overrides.items()})
     with store.lock():
         names = measure_rows(instrument, store, listener, again)
     if not names and isinstance(instrument, ReplicaInstrument) and (again or not store.has(instrument.table)):
@@ -258,6 +261,8 @@ def bench_rows(d_model: int, layers: int, batch: int, replicas: str, dtype: str,
     """Steps per second of cohorts of several sizes, and the time to the first step."""
     if not all(part.strip().isdigit() and int(part) > 0 for part in replicas.split(",")):
         raise Invalid("replicas", replicas, "allowed: whole numbers above 0, such as 1,8")
+    if not 0 < seconds < math.inf:
+        raise Invalid("seconds", seconds, "allowed: a finite number above 0")
     model = specs.from_dict(Transformer, {"kind": "transformer", "d_model": d_model, "layers": layers, "dtype": dtype})
     run = Run(Addition(), model, batch=batch, steps=2**30)
     chosen = choose(device)

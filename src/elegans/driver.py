@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from elegans import specs
 from elegans.errors import Invalid, StoreError
 from elegans.folder import Cohort, inherit_from, parent_of, resumed
 from elegans.instruments.base import silent
@@ -101,6 +102,7 @@ def prepare(
     compile_to_measure: bool = True,
 ) -> Work:
     """Check everything and plan what is missing. Writes nothing; compiles only where a structure may not fit."""
+    _check_runs(runs)
     runs = lineage(runs)
     _check_labels(runs)
     Store.check(store)
@@ -139,6 +141,14 @@ def _discard(store: str | Path, stored: Sequence[Cohort], runs: Sequence[Run]) -
     if others:
         raise StoreError(f"{store}: --again would also discard {len(others)} runs that are not in this study; use another --store")
     return list(stored)
+
+
+def _check_runs(runs: Sequence[Run]) -> None:
+    """Raises `Invalid` where there are none, and where one could not be read back, since another class bears its component's name."""
+    if isinstance(runs, Run) or not runs or not all(isinstance(run, Run) for run in runs):
+        raise Invalid("runs", runs, "allowed: a list of elegans.Run, one at least")
+    for run in {jax.tree.structure(run): run for run in runs}.values():
+        specs.from_dict(Run, specs.to_dict(run))
 
 
 def _check_labels(runs: Sequence[Run]) -> None:

@@ -24,10 +24,15 @@ from elegans.errors import StoreError
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, whole and on disk, when the block ends without error."""
     temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

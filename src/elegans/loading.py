@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ def load_study(name: str, small: bool = False) -> Study:
     keep_programs()  # a task's rows may be counted, by a program, to know how long a run is: that starts JAX
     use_cores()
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") and not small:
+    if path.suffix in (".yaml", ".yml"):
+        if small:
+            raise Invalid("small", name, "a YAML file has no small version; leave out --small")
         return from_yaml(path)
     if path.suffix == ".py":
         return _checked(load_module(path), str(path), path.stem, small)
@@ -67,8 +71,8 @@ def study_of(store: Store, name: str | None = None) -> Study:
 
 def load_module(path: Path) -> Any:
     """Import a user's file under its own name, so that its components can be named. Raises `Invalid`."""
-    if not path.is_file():
-        raise Invalid("file", str(path), "allowed: a Python file that exists")
+    if not path.is_file() or path.suffix != ".py":
+        raise Invalid("file", str(path), "allowed: a Python file (.py) that exists")
     loaded = sys.modules.get(path.stem)
     if loaded is not None and getattr(loaded, "__file__", None) == str(path.resolve()):
         return loaded
@@ -79,7 +83,15 @@ def load_module(path: Path) -> Any:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[path.stem] = module
     sys.path.insert(0, str(path.resolve().parent))  # a study may import its neighbours
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except (Invalid, StoreError):
+        raise
+    except (Exception, SystemExit) as error:
+        del sys.modules[path.stem]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path.resolve())]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        raise Invalid("file", str(path), f"{type(error).__name__}{f' in line {line}' * (line is not None)}: {error}") from error
     return module
 
 
@@ -87,10 +99,11 @@ def _checked(module: Any, name: str, stem: str, small: bool) -> Study:
     found = getattr(module, "small" if small else "study", None)
     if small and found is None:
         raise Invalid("small", name, "the file defines no `small`; leave out --small")
+    name_of_file = f"{stem}_small" if small else stem
     if isinstance(found, Study):
-        return found
+        return dataclasses.replace(found, name=name_of_file) if found.name == Study.name else found
     if isinstance(found, Sequence) and all(isinstance(run, Run) for run in found):
-        return Study(list(found), name=stem)
+        return Study(list(found), name=name_of_file)
     raise Invalid("study", name, "the file must define `study`: an elegans.Study or a list of elegans.Run")
 
 
@@ -110,6 +123,8 @@ def from_yaml(path: Path) -> Study:
         if key not in allowed:
             raise Invalid(str(key), data[key], f"unknown key; allowed: {', '.join(allowed)}")
     sweep = data.get("sweep") or {}
+    if not isinstance(sweep, Mapping) or not all(isinstance(field, str) for field in sweep):
+        raise Invalid("sweep", sweep, "allowed: dotted fields, each with a list of values")
     for field, values in sweep.items():
         if not isinstance(values, list):
             raise Invalid(f"sweep.{field}", values, "allowed: a list of values")

@@ -78,6 +78,8 @@ class Network:
 
     def complete(self, prompt: Any, length: int | None = None, temperature: float = 0.0, seed: int = 0) -> list[int]:
         """The prompt continued to `length` tokens (the task's rows): the likeliest token each time, or drawn at a temperature."""
+        if not temperature >= 0:
+            raise Invalid("temperature", temperature, "allowed: 0 or more")
         row = self.tokens(prompt).tolist()
         length = self.task.positions if length is None else length
         forward = jax.jit(lambda ids: self.model.apply(self.params, ids)[0])
@@ -89,12 +91,12 @@ class Network:
         return row
 
 
-def load(store: Store | str | Path, run: str, step: int | None = None) -> Network:
-    """A run of a store (or of the folder of one), by the start of its id, with its final weights or those of a recorded step.
+def load(store: Store | str | Path, run: str | Run, step: int | None = None) -> Network:
+    """A run of a store (or of the folder of one), itself or by the start of its id, with its final weights or those of a recorded step.
 
     Raises `Invalid`, and `StoreError` where code that the run is made of was edited since it was trained.
     """
-    cohort, line = (store if isinstance(store, Store) else Store(store)).find(str(run))
+    cohort, line = (store if isinstance(store, Store) else Store(store)).find(run.id if isinstance(run, Run) else str(run))
     cohort.check_code(line["slot"])
     spec = cohort.specs()[line["slot"]]
     if step is not None and step not in cohort.weight_steps():

@@ -15,7 +15,6 @@ Nested specs are subtrees. Two runs whose trees have the same structure form a c
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import inspect
 import itertools
@@ -362,18 +361,30 @@ def replace(value: T, path: str, new: Any) -> T:
 
     Naming a kind alone keeps nothing of the old spec: its fields are another class's.
     """
-    name, _, rest = path.partition(".")
-    old = get(value, name)
+    return replace_all(value, {path: new})
+
+
+def replace_all(value: T, changes: Mapping[str, Any]) -> T:
+    """A copy with several fields changed at once, so that those that bind each other can be: of a spec first itself, then fields in it."""
     base: Any = value
-    if rest and old is None and base.infos[name].base is not None:
-        raise Invalid(path, new, f"{name} is off; switch it on first, as {name}={kinds(base.infos[name].base)[0]}")
-    if not rest:
-        return dataclasses.replace(base, **{name: _field_from_dict(base.infos[name], new)})
-    try:
-        made = replace(old, rest, new)
-    except Invalid as error:
-        raise error.inside(name) from None
-    return dataclasses.replace(base, **{name: made})
+    whole: dict[str, Any] = {}
+    inside: dict[str, dict[str, Any]] = {}
+    for path, new in changes.items():
+        name, _, rest = path.partition(".")
+        get(value, name)
+        if rest:
+            inside.setdefault(name, {})[rest] = new
+        else:
+            whole[name] = _field_from_dict(base.infos[name], new)
+    for name, parts in inside.items():
+        old, kind = whole.get(name, getattr(base, name)), base.infos[name].base
+        try:
+            if old is None and kind is not None:
+                raise Invalid(*next(iter(parts.items())), f"{name} is off; switch it on first, as {name}={kinds(kind)[0]}")
+            whole[name] = replace_all(old, parts)
+        except Invalid as error:
+            raise error.inside(name) from None
+    return dataclasses.replace(base, **whole)
 
 
 def grid(run: T, axes: Mapping[str, Any]) -> list[T]:
@@ -386,14 +397,4 @@ def grid(run: T, axes: Mapping[str, Any]) -> list[T]:
         if not options:
             raise Invalid(path, [], "an empty sweep makes no runs; give at least one value")
     choices = itertools.product(*values.values())
-    changes = ([(path, v) for paths, v in zip(values, choice, strict=True) for path in paths.split("+")] for choice in choices)
-    return [functools.reduce(lambda made, change: replace(made, *change), each, run) for each in changes]
-
-
-def fill(template: str, value: Spec) -> str:
-    """A label's text: `fill("lr={optim.lr}", run)`."""
-    return re.sub(r"\{([\w.]+)\}", lambda m: _short(get(value, m.group(1))), template)
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else value.kind if isinstance(value, Spec) else str(value)
+    return [replace_all(run, {path: v for paths, v in zip(values, choice, strict=True) for path in paths.split("+")}) for choice in choices]

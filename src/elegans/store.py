@@ -23,6 +23,7 @@ Names derive from content, never from time. There is no pickle and no code that 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ from elegans.folder import TABLES, Cohort
 from elegans.sources import code_of, custom_files
 from elegans.training.cost import flops_per_step, parameters
 from elegans.training.planner import CohortPlan
-from elegans.training.run import Run
+from elegans.training.run import Run, fill
 
 FORMAT = 1
 OWN_TABLES = ("runs", *TABLES, "timings")  # no instrument may bear such a name: its rows would never be seen
@@ -243,12 +244,21 @@ class Store:
         try:
             for name, rows in tables.items():
                 connection.register(name, rows)
-            return connection.sql(query).to_arrow_table()
+            return _distinct(connection.sql(query).to_arrow_table())
         except (duckdb.Error, AttributeError) as error:
             reason = str(error).splitlines()[0] if not isinstance(error, AttributeError) else "not a query that returns rows"
             raise StoreError(f"sql: {reason}; tables: {', '.join(tables)}") from None
         finally:
             connection.close()
+
+
+def _distinct(rows: pa.Table) -> pa.Table:
+    """Columns of one name, as those of two joined tables, told apart by number: loss, loss_1."""
+    names: list[str] = []
+    for name in rows.column_names:
+        tries = (name if i == 0 else f"{name}_{i}" for i in itertools.count())
+        names.append(next(one for one in tries if one not in names and (one == name or one not in rows.column_names)))
+    return rows.rename_columns(names)
 
 
 def _without(rows: pa.Table, runs: set[str] | None) -> pa.Table:
@@ -258,7 +268,7 @@ def _without(rows: pa.Table, runs: set[str] | None) -> pa.Table:
 
 def label_of(run: Run) -> str | None:
     """A run's label, its fields filled in."""
-    return specs.fill(run.label, run) if run.label else None
+    return fill(run.label, run) if run.label else None
 
 
 def _line(slot: int, run: Run) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class Study:
         Where one of them goes on from another, the field is replaced in both, but for what a run alone decides (`after`, `after_step`,
         `trained`, `label`). A parent that is no run of the study stays as it is.
         """
+        if not axes:
+            return dataclasses.replace(self, runs=unique([run for run in self.runs if self.keep is None or self.keep(run)]))
         own = {run.id for run in self.runs} if any(run.after is not None for run in self.runs) else set()  # ids of thousands take a second
         made = [new for run in self.runs for new in specs.grid(run, {_lineal(path, run, own): values for path, values in axes.items()})]
         made = [run for run in made if self.keep is None or self.keep(run)]
@@ -63,7 +65,9 @@ class Study:
 
     def within(self, flops: float | None) -> Study:
         """The study without the runs that take more training FLOPs than this, by their own convention. Raises `Invalid`."""
-        kept = [run for run in self.runs if flops is None or (run.flops or run.length * flops_per_step(run)) <= flops]
+        if flops is None:
+            return self
+        kept = [run for run in self.runs if (run.flops or run.length * flops_per_step(run)) <= flops]
         if not kept:
             raise Invalid("max-budget", flops, "allowed: at least the FLOPs of the cheapest run")
         return dataclasses.replace(self, runs=kept)

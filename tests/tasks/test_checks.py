@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Literal
 
 import jax
@@ -206,3 +207,16 @@ def test_show_prints_what_was_checked() -> None:
     assert len(shown["examples"]) == 3 and {line["check"] for line in shown["checks"]} >= {"leaks", "plateau", "truth.carry"}
     text = elegans("show", "addition", "length=4", "--check", "--examples", 0).out
     assert "share of validation" in text and "carry" in text
+
+
+def test_truth_stands_under_its_token_however_wide_it_is():
+    """Several labels are written as bits, and columns are as wide as the widest cell."""
+    for words, name in ((("breadth_first_search", "vertices=5"), "adjacency"), (("majority", "length=10"), "running_count")):
+        shown = json.loads(elegans("show", *words, "--examples", 1, "--json").out)["examples"][0]["truth"]
+        text = elegans("show", *words, "--examples", 1).out.splitlines()
+        header = next(line for line in text if line.startswith(" "))
+        (line,) = (line for line in text if line.split()[:1] == [name])
+        values = dict(zip(shown[name]["positions"], shown[name]["values"], strict=True))
+        wanted = ["".join(map(str, v)) if isinstance(v, list) else f"{v:g}" for p, v in sorted(values.items()) if p >= 0]
+        assert line.split()[1:] == wanted and len(header.split()) > len(wanted)
+        assert {m.start() for m in re.finditer(r"\S+", line)} - {0} <= {m.start() for m in re.finditer(r"\S+", header)}

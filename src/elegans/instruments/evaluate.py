@@ -47,6 +47,12 @@ class Evaluate(ReplicaInstrument):
         if self.own and self.task is not None:
             raise Invalid("own", True, "allowed: without a task")
 
+    def check_names(self, runs: Iterable[Run]) -> None:
+        runs = list(runs)
+        if self.task is None and not self.own and not any(run.after for run in runs):
+            raise Invalid("task", None, "allowed: a task, such as task=parity; no run goes on from another, whose task it would be")
+        super().check_names(runs)
+
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
         del data  # the run's own task's
         made = {}

@@ -160,7 +160,7 @@ class Task(Spec):
 
     def scored_tokens(self) -> float:
         """Mean number of scored tokens in a row; estimated from 4,096 rows unless a task says it exactly."""
-        return float(counting.rows(self, 4096)[1].sum(1).mean())
+        return float(counting.rows(self, 4096)[1][:, 1:].sum(1).mean())  # nothing predicts the first token
 
     def mean_positions(self) -> float:
         """Mean number of tokens before padding, the context that FLOP budgets count."""

@@ -82,12 +82,15 @@ def _once(task: Task) -> None:
 
 
 def _check_sizes(task: Task) -> None:
-    symbols, positions, floor, plateau = task.symbols, task.positions, task.floor(), task.plateau()
+    symbols, positions = task.symbols, task.positions
+    if len(symbols) < 2:
+        raise Invalid("symbols", symbols, "allowed: two or more")
     for i, symbol in enumerate(symbols):
         if not isinstance(symbol, str) or symbol in symbols[:i]:
             raise Invalid("symbols", symbol, "allowed: texts that differ, one for every token id")
     if not isinstance(positions, int) or positions < 2:
         raise Invalid("positions", positions, "allowed: a whole number, 2 or more")
+    floor, plateau = task.floor(), task.plateau()
     for name, nats, most in (("plateau", plateau, math.log(len(symbols))), ("floor", floor, plateau)):
         most = math.log(len(symbols)) if most is None else most
         if nats is not None and not 0 <= nats <= most + TOLERANCE:
@@ -277,7 +280,12 @@ def _truths(rows: Example) -> Iterator[dict[str, Any]]:
         where = f"at {seen.min()} to {seen.max()}" if len(seen) else "nowhere"
         values = np.unique(np.asarray(t.values)[there])
         span = f", values {values[0]:g} to {values[-1]:g}" if len(values) else ""
-        yield _line(f"truth.{name}", there.mean(), None, f"{t.kind}{span}, {there.shape[1]} reads {where}; share that rows have")
+        yield _line(
+            f"truth.{name}",
+            there.mean() if there.size else None,
+            None,
+            f"{t.kind}{span}, {there.shape[1]} reads {where}; share that rows have",
+        )
 
 
 def _compared(task: Task, rows: Example, oracle: Oracle) -> dict[str, Any]:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
 from elegans.randomness import Purpose, key_for
+from elegans.types import Example
 
 if TYPE_CHECKING:
     from elegans.tasks.base import Task
 
+AT_ONCE = 2**10  # rows drawn side by side
 ROWS = 2**16  # a plateau of 20 positions is then known to about 1e-3 nats
 
 
 def rows(task: Task, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and scored marks of rows of the unsplit law, [row, position]."""
     keys = jax.random.split(key_for(seed, Purpose.INSTRUMENT), count)
-    drawn = jax.jit(jax.vmap(task.sample, (0, None)))(keys, task.prepare())
+
+    @jax.jit
+    def draw(keys: jax.Array, data: Any) -> Example:  # not all at once: the longest rows take a megabyte each
+        return jax.lax.map(lambda key: task.sample(key, data), keys, batch_size=AT_ONCE)
+
+    drawn = draw(keys, task.prepare())
     return np.asarray(drawn.tokens), np.asarray(drawn.scored)
 
 

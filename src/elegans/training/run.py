@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from elegans.errors import Invalid
 from elegans.models import Model
-from elegans.specs import INT_LIMIT, Spec, field, flat, identity, note, spec, varies
+from elegans.specs import INT_LIMIT, Spec, field, flat, get, identity, note, spec, varies
 from elegans.tasks import Task
 from elegans.training.optimisers import AdamW, Optimizer
 from elegans.training.step import Update
@@ -191,3 +192,12 @@ class Run(Spec):
     @functools.cached_property
     def id(self) -> str:
         return identity(self)
+
+
+def fill(template: str, run: Spec) -> str:
+    """A label's text: `fill("lr={optim.lr}", run)`. Raises `Invalid` for a field that there is not."""
+
+    def shown(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else value.kind if isinstance(value, Spec) else str(value)
+
+    return re.sub(r"\{([\w.]+)\}", lambda m: shown(get(run, m.group(1))), template)
