@@ -349,10 +349,7 @@ def test_a_plan_says_where_its_bytes_are_bounds(tmp_path):
         assert answer.status == 0 and ("bytes are bounds" in answer.err) == bounds
 
 
-def test_evaluation_without_a_task_to_measure_on():
-    runs = synthetic.small()[:2]
-    with pytest.raises(el.Invalid, match="no run goes on from another"):
-        el.Evaluate().check_names(runs)
-    for instrument in (el.Evaluate(own=True), el.Evaluate(task=runs[0].task)):
-        instrument.check_names(runs)
-    el.Evaluate().check_names([runs[0], el.replace(runs[1], "after", runs[0])])
+def test_evaluation_without_a_task_to_measure_on(tmp_path):
+    store = synthetic.make(tmp_path / "store", synthetic.small()[:2], tables=("metrics",))
+    assert_refused(elegans("measure", "evaluate", store.path), "task", "None", "no run goes on from another")
+    assert "no weights" in elegans("measure", "evaluate", store.path, "own=true").err

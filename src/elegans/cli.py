@@ -104,11 +104,7 @@ def run(
         check_study(asked)
         work = prepare(asked.runs, folder, **options, compile_to_measure=False)
         _print(plan_rows(work), as_json)
-        if any(planned.bytes > work.memory for planned in work.new):
-            print(
-                "bytes are bounds: cohorts above the memory budget are measured when they train, and made smaller",
-                file=sys.stderr,
-            )
+        _note_bounds(any(planned.bytes > work.memory for planned in work.new))
         return
     with Display() as display:
         page = run_study(asked, folder, display, minutes=minutes, **options)
@@ -275,6 +271,11 @@ def _print(table: pa.Table, as_json: bool) -> None:
 def _json(value: Any) -> str:
     """JSON that every reader takes: what is no number is null, and what JSON has no word for is text."""
     return json.dumps(_plain(value), allow_nan=False)
+
+
+def _note_bounds(exceeded: bool) -> None:
+    if exceeded:
+        print("bytes are bounds: cohorts above the memory budget are measured when they train, and made smaller", file=sys.stderr)
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,7 @@ from elegans.errors import Invalid
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument
 from elegans.instruments.patterns import by_length, lengths_of
 from elegans.specs import field, spec
+from elegans.store import Store
 from elegans.tasks import Several, Task
 from elegans.tasks.sampling import TaskData, draw_set, prepare
 from elegans.training.run import Run
@@ -47,11 +49,10 @@ class Evaluate(ReplicaInstrument):
         if self.own and self.task is not None:
             raise Invalid("own", True, "allowed: without a task")
 
-    def check_names(self, runs: Iterable[Run]) -> None:
-        runs = list(runs)
-        if self.task is None and not self.own and not any(run.after for run in runs):
+    def rows(self, store: Store, listener: Callable[[str, Any], None], again: bool = False) -> Iterator[tuple[str, str, pa.Table]]:
+        if self.task is None and not self.own and not any(line["spec"].get("after") for line in store.lines()):
             raise Invalid("task", None, "allowed: a task, such as task=parity; no run goes on from another, whose task it would be")
-        super().check_names(runs)
+        yield from super().rows(store, listener, again)
 
     def apply(self, run: Run, params: Any, data: TaskData, key: jax.Array) -> Blocks:
         del data  # the run's own task's
