@@ -47,6 +47,12 @@ def test_no_effect_is_none_and_a_few_different_runs_decide_nothing() -> None:
     assert one([1.0], [0.9], [0.0]).verdict == UNDECIDED and one([1.0], [0.9], [0.0]).low is None
 
 
+def test_where_nothing_is_left_to_take_nothing_is_said() -> None:
+    """Controls that destroy it too, and networks that have nothing to lose, do not show that a feature is not used."""
+    assert one([0.98] * 8, [0.979] * 8, [0.98] * 8).verdict == UNDECIDED
+    assert one([0.03] * 8, [0.0] * 8, [0.0] * 8).verdict == UNDECIDED
+
+
 def test_runs_that_did_not_learn_are_left_out_and_counted() -> None:
     effect = one([1.0, 1.0, 1.0, 0.05, 0.0], [0.5, 0.5, 0.52, 0.0, 0.0], [0.0] * 5, [True, True, True, False, False])
     assert (effect.runs, effect.of, effect.base) == (3, 5, 1.0) and effect.left == pytest.approx(1 - 1.52 / 3)

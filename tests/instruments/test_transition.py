@@ -11,7 +11,10 @@ from elegans import specs
 from elegans.describe import run_rows
 from elegans.errors import Invalid
 from elegans.figures import Tables, catalogue
+from elegans.instruments.crossings import crossing
 from elegans.instruments.transition import (
+    EARLY,
+    GUESSED,
     NEVER_FELL,
     NEVER_READ,
     NO_START,
@@ -129,6 +132,35 @@ def course(at: float | None, per_decade: int = 40) -> Course:
 def test_quiet_and_loud(leads, per_decade, said) -> None:
     row = Transition()._lead([(course(500.0, per_decade), course(500 / 10**lead, per_decade)) for lead in leads])
     assert row["loudness"] == said and row["mean"] == pytest.approx(np.mean(leads), abs=0.05)
+
+
+def recorded(at: float, per_decade: int, steep: float) -> list[tuple[int, float]]:
+    """A rise from 0 to 1 around a step, as it is recorded so often."""
+    steps = sorted({0, *(round(10 ** (k / per_decade)) for k in range(4 * per_decade))})
+    return [(s, 1 / (1 + (at / max(s, 0.25)) ** steep)) for s in steps]
+
+
+@pytest.mark.parametrize(("losses", "probes", "steep"), [(10, 5, (30, 30)), (10, 10, (4, 30)), (10, 5, (6, 6))])
+def test_seeds_that_share_the_recorded_steps_do_not_lead_by_where_these_lie(losses, probes, steep) -> None:
+    """Loss and probe are half-way at the same time, but recorded at other steps, and rise otherwise; all seeds are near one another."""
+    draw, said = np.random.default_rng(0), []
+    for _ in range(40):
+        about = draw.uniform(2, 3.5)
+        pairs = []
+        for at in 10 ** draw.normal(about, 0.02, 8):
+            loss = recorded(at, losses, steep[0])
+            course = Course(*zip(*[(s, v - 1) for s, v in loss], strict=True), -0.5, crossing(*zip(*loss, strict=True), 0.5), "", -1.0)
+            pairs.append((course, Transition()._feature({"resid.0": recorded(at, probes, steep[1])})))
+        said.append(Transition()._lead(pairs)["verdict"])
+    assert {"leads", "lags"}.isdisjoint(said) and "no lead" in said
+
+
+def test_a_rare_feature_is_not_readable_because_a_guess_is_right() -> None:
+    """Of what a guess leaves the untrained network must read half."""
+    rows = {"embed": [(0, 0.96), (10, 1.0)]}
+    assert Transition()._feature(rows, {"embed": 0.5}).missing == EARLY
+    rare = Transition()._feature(rows, {"embed": 0.955})
+    assert rare.missing == GUESSED and rare.seen is None
 
 
 def test_without_probes_it_asks_of_the_loss_alone(tmp_path, tables) -> None:

@@ -32,7 +32,7 @@ class Against:
     def verdict(self) -> str:
         if self.low is not None and self.low > 0:
             return USED
-        return UNUSED if self.high is not None and self.high < LITTLE else UNDECIDED
+        return UNUSED if self.high is not None and self.high < LITTLE < self.left else UNDECIDED  # of nothing left nothing can be taken
 
 
 @dataclasses.dataclass(frozen=True)

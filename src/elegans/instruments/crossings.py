@@ -122,14 +122,14 @@ def beyond(first: int, second: int, confidence: float) -> int:
     return int(np.searchsorted(np.cumsum(ways[first]) / ways[first].sum(), (1 - confidence) / 2, side="right"))
 
 
-def verdict(low: float | None, high: float | None, same: float, words: tuple[str, str, str]) -> str:
+def verdict(low: float | None, high: float | None, same: float, words: tuple[str, str, str], blur: float = 0.0) -> str:
     """What an interval says: above zero, below it, or within `same` of it, in these words; else undecided.
 
-    A missing bound is an infinite one.
+    A missing bound is an infinite one. What is nearer to zero than `blur` is not told from it.
     """
-    if low is not None and low > 0:
+    if low is not None and low > blur:
         return words[0]
-    if high is not None and high < 0:
+    if high is not None and high < -blur:
         return words[1]
     return words[2] if low is not None and high is not None and -same < low and high < same else "undecided"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,9 +41,10 @@ select null::integer as label, null::float as r2, null::float as mse, null::floa
 SCORE = "coalesce(accuracy, case when r2 < 0 then 0 else r2 end)"  # worse than the mean is as good as nothing, however much worse
 READABLE = f"""select run, feature, site, step, list_avg(list({SCORE}::double order by "index", label)) as score
 from {PROBES} where coalesce(accuracy, r2) is not null group by run, feature, site, step order by run, feature, step, site"""
+GUESSES = f"select run, feature, site, avg(chance) as chance from {PROBES} where chance is not null group by run, feature, site"
 LOSSES = "select run, step, loss from metrics where split = 'validation' and loss is not null order by step"
 NEVER_FELL, NEVER_READ, NO_START = "loss never fell", "never readable", "untrained network not probed"
-EARLY = "readable untrained"
+EARLY, GUESSED = "readable untrained", "too rare to tell from a guess"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,12 @@ class Course:
     def change(self) -> Bracket | None:
         """The recorded steps between which it changes."""
         return None if self.step is None else change_point(self.steps, [max(v, self.least) for v in self.values])
+
+    @property
+    def blur(self) -> float:
+        """How far from the truth the half-way point may be, in decades: half of the recorded steps' distance there."""
+        low, high = decades(bracket(self.steps, self.values, self.level)) if self.level is not None else (0.0, 0.0)
+        return (high - low) / 2
 
     @property
     def seen(self) -> Seen | None:
@@ -85,11 +93,12 @@ class Transition(StoreInstrument):
     row, without a feature; and where none has any, this instrument asks of the loss alone.
 
     Per group of runs that differ by seed alone, table `lead`: mean, interval over seeds, and the verdict: leads,
-    lags, no lead (the whole interval within `same` of zero), undecided. Chance level 0; no ceiling. `change` is the mean lead of the
+    lags (the whole interval farther from zero than half of the distance between the recorded steps, which all seeds share, may move it),
+    no lead (all of it within `same` of zero), undecided. Chance level 0; no ceiling. `change` is the mean lead of the
     change points, and its interval `change_low`, `change_high` holds wherever between two recorded steps each of them was;
     `loudness` is decided by it: quiet (all beyond `same`: readable before the loss moves), loud (none beyond: with the
     loss, or after), undecided, which records coarser than `same` often are; null where `missing` says why: never readable,
-    loss never fell, untrained network not probed.
+    loss never fell, untrained network not probed, readable untrained, too rare to tell from a guess.
 
     Per group and curve (`loss`, or a feature), table `change`: the change point, as `change_point` of instruments/crossings.py, in
     steps and in FLOPs; t interval over seeds of its logarithm, widened by the recorded steps that it lies between. The loss
@@ -110,7 +119,7 @@ class Transition(StoreInstrument):
 
     def tables(self, store: Store) -> dict[str, pa.Table]:
         losses = _losses(store)
-        features = {key: self._feature(by_site) for key, by_site in _nested(store.sql(READABLE)).items()} if store.has("probe") else {}
+        features = self._features(store) if store.has("probe") else {}
         if not features and not any(loss.steps for loss in losses.values()):
             raise Invalid("store", str(store.path), "transition needs validation losses, or probes: run `elegans measure probe` first")
         groups, probed = _groups(store), {run for run, _ in features}
@@ -127,27 +136,38 @@ class Transition(StoreInstrument):
             "course": pa.Table.from_pylist([r for (g, name), members in curves.items() for r in self._course(g, name, members)], _COURSE),
         }
 
-    def _feature(self, by_site: dict[str, list[tuple[int, float]]]) -> Course:
-        steps, score = zip(*max(by_site.values(), key=lambda points: points[-1][1]), strict=True)
+    def _features(self, store: Store) -> dict[tuple[str, str], Course]:
+        guesses: dict[tuple[str, str], dict[str, float]] = {}
+        for row in store.sql(GUESSES).to_pylist():
+            guesses.setdefault((row["run"], row["feature"]), {})[row["site"]] = row["chance"]
+        return {key: self._feature(by_site, guesses.get(key, {})) for key, by_site in _nested(store.sql(READABLE)).items()}
+
+    def _feature(self, by_site: dict[str, list[tuple[int, float]]], guesses: Mapping[str, float] = types.MappingProxyType({})) -> Course:
+        site = max(by_site, key=lambda name: by_site[name][-1][1])
+        steps, score = zip(*by_site[site], strict=True)
         if steps[0] > 0:
             return Course(steps, score, None, None, NO_START)
         if score[-1] - score[0] < self.least:
-            return Course(steps, score, None, None, NEVER_READ if score[0] < 1 - self.least else EARLY)
+            guess = guesses.get(site, 0.0)
+            early = EARLY if score[0] - guess >= (1 - guess) / 2 else GUESSED  # of what a guess leaves the untrained one reads half
+            return Course(steps, score, None, None, NEVER_READ if score[0] < 1 - self.least else early)
         level = (score[0] + score[-1]) / 2
         step = crossing(steps, score, level)
         return Course(steps, score, level, step, "" if step else NEVER_READ)
 
     def _lead(self, pairs: list[tuple[Course, Course]]) -> dict[str, Any]:
         known = [
-            (math.log10(a.step / b.step), lead_of(a.change, b.change)) for a, b in pairs if a.change and b.change and a.step and b.step
+            (math.log10(a.step / b.step), lead_of(a.change, b.change), a.blur + b.blur)
+            for a, b in pairs
+            if a.change and b.change and a.step and b.step
         ]
         row: dict[str, Any] = {"runs": len(known), "of": len(pairs), "verdict": "undecided"}
         if not known:
             return row | {"missing": "; ".join(sorted({a.missing or b.missing for a, b in pairs}))}
-        leads, brackets = zip(*known, strict=True)
+        leads, brackets, blurs = zip(*known, strict=True)
         mean, low, high = interval(leads, self.confidence)
         change, change_low, change_high = spanning(brackets, self.confidence)
-        row["verdict"] = verdict(low, high, self.same, ("leads", "lags", "no lead"))
+        row["verdict"] = verdict(low, high, self.same, ("leads", "lags", "no lead"), float(np.mean(blurs)))
         row |= {"mean": mean, "low": low, "high": high, "change": change, "change_low": change_low, "change_high": change_high}
         return row | {"loudness": loudness(change_low, change_high, self.same)}
 
