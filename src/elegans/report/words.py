@@ -38,10 +38,9 @@ def answer(
     for feature in features:
         groups = [lead for lead in found if lead.feature == feature]
         sentences.append(_lead_sentence(feature, groups) + _loudness(groups))
-    curves = sorted({pair["curve"] for pair in pairs}, key=lambda curve: (curve != "loss", curve))
-    sentences += [_contrast_sentence(curve, [pair for pair in pairs if pair["curve"] == curve]) for curve in curves]
     several = {name: len({getattr(e, name) for e in removed}) > 1 for name in ("task", "method")}
     sentences += [_ablation_sentence(effect, **several) for effect in removed]
+    sentences += _contrast_sentences(pairs)
     return sentences or ["No transition and no ablation was measured in this store.", learned_sentence(runs)]
 
 
@@ -143,14 +142,28 @@ def _signed(value: float) -> str:
 # ---- contrasts of groups
 
 
+def _contrast_sentences(pairs: Sequence[Pair]) -> list[str]:
+    """A sentence for every curve that comes later in some group of runs than in another, and one for all that nothing is known of."""
+    curves = sorted({pair["curve"] for pair in pairs}, key=lambda curve: (curve != "loss", curve))
+    told = [curve for curve in curves if any(p["curve"] == curve and p["verdict"] != "undecided" for p in pairs)]
+    left = [the(curve) for curve in curves if curve not in told]
+    said = [_contrast_sentence(curve, [pair for pair in pairs if pair["curve"] == curve]) for curve in told]
+    what = " and ".join([", ".join(left[:-1]), left[-1]] if len(left) > 1 else left)
+    return said + (
+        [f"In which of the groups that differ in one field {what} {'comes' if len(left) == 1 else 'come'} later is undecided."]
+        if left
+        else []
+    )
+
+
 def _contrast_sentence(curve: str, pairs: Sequence[Pair]) -> str:
-    """By how much a transition comes later in one group of runs than in another, those pairs first that are decided."""
+    """By how much a transition comes later in one group of runs than in another, where that is decided."""
     what = "the loss falls" if curve == "loss" else f"{the(curve)} becomes readable"
-    order = sorted(pairs, key=lambda p: (p["verdict"] == "undecided", -abs(p["half"] or 0)))
-    said = [f"with {p['group']} than with {p['other']} {shift_text(p, 'half')}, {p['verdict']}" for p in order[:MOST_GROUPS]]
-    rest = order[MOST_GROUPS:]
-    more = [f"and {plural(len(rest), 'pair')} more, {sum(p['verdict'] != 'undecided' for p in rest)} of them decided"] if rest else []
-    return f"By how many decades of steps {what} later, half-way point against half-way point: {'; '.join(said + more)}."
+    told = sorted((p for p in pairs if p["verdict"] != "undecided"), key=lambda p: -abs(p["half"] or 0))
+    said = [f"with {p['group']} than with {p['other']} {shift_text(p, 'half')}, {p['verdict']}" for p in told[:MOST_GROUPS]]
+    said += [f"and {plural(len(told) - MOST_GROUPS, 'pair')} more"] if len(told) > MOST_GROUPS else []
+    said += [f"undecided in {plural(len(pairs) - len(told), 'other pair')}"] if len(told) < len(pairs) else []
+    return f"By how many decades of steps {what} later, half-way point against half-way point: {'; '.join(said)}."
 
 
 # ---- ablation
