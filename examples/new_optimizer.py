@@ -1,4 +1,4 @@
-"""Another optimiser: any optax gradient transformation; and another schedule: one function of t in 0..1.
+"""Another optimiser: an elementwise optax transformation (weights are one vector there); and another schedule: one function of t in 0..1.
 
 elegans run examples/new_optimizer.py optim.lr=1e-4,3e-4,1e-3
 """

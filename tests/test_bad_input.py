@@ -4,6 +4,7 @@ import json
 import sys
 from unittest import mock
 
+import jax
 import pytest
 
 import elegans as el
@@ -353,3 +354,41 @@ def test_evaluation_without_a_task_to_measure_on(tmp_path):
     store = synthetic.make(tmp_path / "store", synthetic.small()[:2], tables=("metrics",))
     assert_refused(elegans("measure", "evaluate", store.path), "task", "None", "no run goes on from another")
     assert "no weights" in elegans("measure", "evaluate", store.path, "own=true").err
+
+
+def test_edits_of_other_shapes_are_refused_and_a_network_shows_no_weights():
+    task, model = el.Addition(length=3), el.Transformer(layers=1, d_model=8, heads=2)
+    params = model.init(jax.random.key(0), task.vocab_size, task.positions)
+    network = el.Network(el.Run(task, model, steps=1), 0, params)
+    assert "Addition(length=3)" in repr(network) and len(repr(network)) < 200
+    tokens = network.examples(2).tokens
+    for wrong, said in ((lambda x: x[:2], r"shape \(2, 8\)"), (lambda x: None, "None")):
+        with pytest.raises(el.Invalid, match=rf"edit of resid\.0: '{said}'"):
+            network.trace(tokens, edit=lambda site, x, wrong=wrong: wrong(x) if site == "resid.0" else x)
+    logits, _ = network.trace(tokens, edit=lambda site, x: 0 * x if site == "resid.0" else x)
+    assert logits.shape == (2, task.positions, task.vocab_size)
+
+
+def test_a_task_that_branches_on_what_it_draws_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "branching", raising=False)
+    (tmp_path / "branching.py").write_text("""
+import jax
+import elegans as el
+
+@el.spec
+class Branching(el.Addition):
+    def sample(self, key, data):
+        if jax.random.bernoulli(key):
+            key = key
+        return super().sample(key, data)
+
+study = [el.Run(Branching(length=3), el.Transformer(layers=1, d_model=8, heads=2), steps=1)]
+""")
+    answer = elegans("run", tmp_path / "branching.py", "--store", tmp_path / "store")
+    assert answer.status == 2 and len(answer.err.splitlines()) == 1
+    assert "branching.sample" in answer.err and "jnp.where" in answer.err and not (tmp_path / "store").exists()
+
+
+def test_figures_that_nobody_can_call_are_refused():
+    with pytest.raises(el.Invalid, match="figures"):
+        el.Study([synthetic.small()[0]], figures={"where": print})

@@ -241,7 +241,7 @@ def test_a_group_without_a_lead_has_no_mark():
     )
     none = pa.table({"group": [""], "feature": ["f"], "lead": pa.array([None], pa.float64())})
     figure = lead_forest(leads(rows, none))
-    assert len(figure.data) == 0 and figure.layout.annotations[0].text == "undecided, n = 0 of 3"
+    assert len(figure.data) == 0 and figure.layout.annotations[0].text == "not measured, n = 0 of 3"
 
 
 def test_ablation_averages_draws_within_runs_and_keeps_their_spread(tables):

@@ -224,8 +224,8 @@ def lead(mean, low, high, verdict, **change) -> Lead:
         (lead(0.05, -0.1, 0.2, "undecided"), "0.05 [−0.10, 0.20] decades of steps before the loss falls (a factor of 1.1): undecided"),
         (lead(0.0, -0.02, 0.02, "no lead"), "no lead."),
         (
-            lead(None, None, None, "undecided", runs=0),
-            "No run reached both the step of the carry and that of the loss: their order is undecided.",
+            lead(None, None, None, "undecided", runs=0, missing="loss never fell"),
+            "No run reached both the step of the carry and that of the loss (loss never fell): their order is undecided.",
         ),
     ],
 )

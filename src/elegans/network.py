@@ -33,6 +33,10 @@ class Network:
     step: int
     params: Any  # weights under TransformerLens names, `params["blocks"][0]["attn"]["W_Q"]`
 
+    def __repr__(self) -> str:
+        """The run, and not its weights, which fill screens."""
+        return f"Network({self.run.id}, step={self.step}, {self.run.task!r}, {self.run.model!r})"
+
     @property
     def task(self) -> Task:
         return self.run.task

@@ -41,6 +41,8 @@ class Study:
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, base) for item in value):
                 raise Invalid(name, value, f"allowed: a list of elegans.{base.__name__}, such as {such}")
+        if self.figures is not None and not callable(self.figures):
+            raise Invalid("figures", self.figures, "allowed: a function of a store and a folder, such as el.drawing makes, or None")
         tables = [instrument.table.lower() for instrument in self.instruments]
         for table in tables:
             if tables.count(table) > 1:

@@ -84,3 +84,12 @@ def no_edit(site: str, x: Any) -> Any:
     """The edit that changes nothing."""
     del site
     return x
+
+
+def edited(edit: Edit, site: str, x: Any) -> Any:
+    """What an edit makes of a site. Raises `Invalid` where that is not an array of the same shape, which would change what is meant."""
+    made = edit(site, x)
+    if getattr(made, "shape", None) != x.shape:
+        shown = "None" if made is None else f"shape {getattr(made, 'shape', '()')}"
+        raise Invalid(f"edit of {site}", shown, f"allowed: an array of shape {x.shape}; return x where nothing is to change")
+    return made

@@ -51,6 +51,7 @@ class Lead:
     verdict: str
     each: np.ndarray  # the leads of the group's runs
     loudness: str = ""  # quiet, loud or undecided, by change points; empty where it was not decided
+    missing: str = "not measured"  # why there is no mean
 
     @property
     def name(self) -> str:
@@ -77,7 +78,8 @@ def leads(rows: pa.Table, each: pa.Table) -> list[Lead]:
         mean, low, high = (number(row[name]) for name in ("mean", "low", "high"))
         counts = int(row["runs"] or 0), int(row["of"] or 0)
         verdict = row["verdict"] or "undecided"
-        found.append(Lead(row["group"] or "", row["feature"], *counts, mean, low, high, verdict, single, row.get("loudness") or ""))
+        said = row.get("loudness") or "", row.get("missing") or Lead.missing
+        found.append(Lead(row["group"] or "", row["feature"], *counts, mean, low, high, verdict, single, *said))
     return sorted(found, key=lambda lead: lead.feature)
 
 
@@ -121,7 +123,7 @@ def _draw_lead(figure: go.Figure, lead: Lead, place: int, colour: str) -> None:
     if lead.mean is not None:
         hover = f"<b>{style.text(lead.name)}</b><br>{interval_text(lead)}<extra></extra>"
         _draw_mean(figure, lead.mean, lead.low, lead.high, place, colour, hover)
-    note = f"{style.text(lead.verdict, 14)}, n = {lead.runs} of {lead.of}"
+    note = f"{style.text(lead.missing if lead.mean is None else lead.verdict, 26)}, n = {lead.runs} of {lead.of}"
     figure.add_annotation(text=note, x=1.01, xref="paper", xanchor="left", y=place, showarrow=False)
 
 
@@ -137,7 +139,7 @@ def _draw_mean(figure: go.Figure, mean: float, low: float | None, high: float | 
 def interval_text(lead: Lead) -> str:
     """The mean with its interval, or that there is none."""
     if lead.mean is None:
-        return "not measured"
+        return lead.missing
     bounds = "no interval" if lead.low is None or lead.high is None else f"[{lead.low:.2f}, {lead.high:.2f}]"
     return f"{lead.mean:.2f} {bounds}"
 

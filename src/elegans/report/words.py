@@ -116,7 +116,9 @@ def _loudness(groups: list[Lead]) -> str:
 def _one_group(lead: Lead) -> str:
     where = f" with {lead.group}" if "=" in lead.group else ""
     if lead.mean is None or lead.runs == 0:
-        return f"No run{where} reached both the step of {the(lead.feature)} and that of the loss: their order is undecided."
+        return (
+            f"No run{where} reached both the step of {the(lead.feature)} and that of the loss ({lead.missing}): their order is undecided."
+        )
     side, sign = ("before", 1) if lead.mean >= 0 else ("after", -1)
     verdict = VERDICTS.get(lead.verdict, lead.verdict)
     n = f"{lead.runs} of {plural(lead.of, 'run')}{where}"
@@ -127,7 +129,7 @@ def _one_group(lead: Lead) -> str:
 def _interval(lead: Lead, sign: int = 1) -> str:
     """Mean and 95 % interval; with sign -1 a lag is said as a positive number."""
     if lead.mean is None:
-        return "not measured"
+        return lead.missing
     if lead.low is None or lead.high is None:
         return f"{_signed(sign * lead.mean)} (no interval)"
     low, high = sorted((sign * lead.low, sign * lead.high))

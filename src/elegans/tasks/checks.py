@@ -102,7 +102,10 @@ def _check_sizes(task: Task) -> None:
 
 def _check_shapes(task: Task, data: TaskData) -> None:
     keys, step, progress = jax.random.split(jax.random.key(0), 3), jnp.int32(0), jnp.float32(0)
-    row = jax.eval_shape(lambda: task.sample(keys[0], data.prepared))
+    try:
+        row = jax.eval_shape(lambda: task.sample(keys[0], data.prepared))
+    except jax.errors.ConcretizationTypeError:
+        raise Invalid("sample", task.kind, "allowed: no `if`, `int` or `range` of what is drawn; use jnp.where or jax.lax.cond") from None
     _check_arrays(task, "", row, ())
     drawn = jax.eval_shape(lambda: task.draw(keys[0], step, step, data.prepared))
     _check_arrays(task, "draw.", drawn, ())
@@ -248,6 +251,13 @@ def _contents(task: Task, drawn: _Drawn) -> Iterator[dict[str, Any]]:
             _refuse("content", wrong, f"0 to {task.contents - 1}, since contents={task.contents}")
         yield _line("contents", many, task.contents, "that differ")
     alike = _alike(task, drawn.rows)
+    for i, part in enumerate(PARTS):
+        yield _line(
+            f"prompts of {part}",
+            len(np.unique(alike[drawn.part == i])),
+            None,
+            "that differ, of those drawn: probes and scores know no more",
+        )
     if drawn.content is not None and (drawn.content != drawn.content[alike]).any():
         raise Invalid("content", "two of one row", "allowed: the same for rows of the same prompt")
     leaks = len(np.unique(alike[drawn.part != drawn.part[alike]]))
