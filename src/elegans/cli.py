@@ -17,6 +17,8 @@ import typer
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from elegans.driver import Work
+
 STOPPED = 130  # what a command returns that was interrupted
 
 app = typer.Typer(
@@ -104,7 +106,7 @@ def run(
         check_study(asked)
         work = prepare(asked.runs, folder, **options, compile_to_measure=False)
         _print(plan_rows(work), as_json)
-        _note_bounds(any(planned.bytes > work.memory for planned in work.new))
+        _note_bounds(work)
         return
     with Display() as display:
         page = run_study(asked, folder, display, minutes=minutes, **options)
@@ -268,14 +270,15 @@ def _print(table: pa.Table, as_json: bool) -> None:
     Console(width=width, highlight=False, markup=False).print(shown)
 
 
+def _note_bounds(work: Work) -> None:
+    """Says where a plan's bytes are above its budget, which no compiling has confirmed."""
+    if any(planned.bytes > work.memory for planned in work.new):
+        print("bytes are bounds: cohorts above the memory budget are measured when they train, and made smaller", file=sys.stderr)
+
+
 def _json(value: Any) -> str:
     """JSON that every reader takes: what is no number is null, and what JSON has no word for is text."""
     return json.dumps(_plain(value), allow_nan=False)
-
-
-def _note_bounds(exceeded: bool) -> None:
-    if exceeded:
-        print("bytes are bounds: cohorts above the memory budget are measured when they train, and made smaller", file=sys.stderr)
 
 
 def _plain(value: Any) -> Any:

@@ -61,14 +61,14 @@ def fingerprints(spec: Spec) -> dict[str, str]:
 
 def custom_files(specs: Iterable[Spec]) -> list[Path]:
     """The user's files that define custom classes of some runs, and those that these import, however deep."""
-    found: dict[Path, None] = {}
-    waiting = [sys.modules.get(cls.__module__) for cls in {cls for spec in specs for cls in classes(spec)} if is_custom(cls)]
+    found: set[Path] = set()
+    waiting = [cls.__module__ for cls in {cls for spec in specs for cls in classes(spec)} if is_custom(cls)]
     while waiting:
-        module = waiting.pop()
+        module = sys.modules.get(waiting.pop())
         path = _file(module)
-        if path is not None and path not in found:
-            found[path] = None
-            waiting += map(sys.modules.get, _imported(ast.parse(path.read_text(encoding="utf-8")), module.__package__ or ""))  # type: ignore[union-attr]
+        if module is not None and path is not None and path not in found:
+            found.add(path)
+            waiting += _imported(ast.parse(path.read_text(encoding="utf-8")), module.__package__ or "")
     return sorted(found)
 
 
@@ -108,11 +108,12 @@ def _collect(thing: Any, name: str, home: str, texts: dict[str, str]) -> None:
         return
     try:
         source = textwrap.dedent(inspect.getsource(thing))
-        texts[name] = ast.unparse(_without_docstrings(ast.parse(source)))
+        tree = _without_docstrings(ast.parse(source))
     except (OSError, TypeError, SyntaxError):  # none is kept, or it is a lambda amid other lines
         texts[name], used = _compiled(thing)
     else:
-        used = _used(source, vars(sys.modules.get(thing.__module__, types)))
+        texts[name] = ast.unparse(tree)
+        used = _used(source, tree, vars(sys.modules.get(thing.__module__, types)))
     for label, value in used:
         _note(_seen(label, thing, home), value, thing, home, texts)
 
@@ -121,11 +122,11 @@ def _seen(name: str, thing: Any, home: str) -> str:
     return name if thing.__module__ == home else f"{thing.__module__}.{name}"
 
 
-def _used(source: str, namespace: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _used(source: str, tree: ast.Module, namespace: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What a class or function names of its module, and of modules of the user's that are imported there: `shift`, `helpers.shift`."""
     known = _global_names(symtable.symtable(source, "source", "exec")) & namespace.keys()
     yield from ((name, namespace[name]) for name in known)
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
             owner = namespace[node.value.id]
             if isinstance(owner, types.ModuleType) and _file(owner) is not None and hasattr(owner, node.attr):

@@ -56,12 +56,10 @@ class Study:
         Where one of them goes on from another, the field is replaced in both, but for what a run alone decides (`after`, `after_step`,
         `trained`, `label`). A parent that is no run of the study stays as it is.
         """
-        if not axes:
-            return dataclasses.replace(self, runs=unique([run for run in self.runs if self.keep is None or self.keep(run)]))
         own = {run.id for run in self.runs} if any(run.after is not None for run in self.runs) else set()  # ids of thousands take a second
         made = [new for run in self.runs for new in specs.grid(run, {_lineal(path, run, own): values for path, values in axes.items()})]
         made = [run for run in made if self.keep is None or self.keep(run)]
-        if not made:
+        if axes and not made:
             raise Invalid("runs", [], f"none of {self.name} is left after {', '.join(axes)}")
         return dataclasses.replace(self, runs=unique(made))
 

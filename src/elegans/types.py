@@ -86,7 +86,7 @@ def no_edit(site: str, x: Any) -> Any:
     return x
 
 
-def edited(edit: Edit, site: str, x: Any) -> Any:
+def apply_edit(edit: Edit, site: str, x: Any) -> Any:
     """What an edit makes of a site. Raises `Invalid` where that is not an array of the same shape, which would change what is meant."""
     made = edit(site, x)
     if getattr(made, "shape", None) != x.shape:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from elegans.store import Store
 from elegans.training.ahead import Ahead
 from elegans.training.cohort import Programs
 from elegans.training.convoy import Convoy, alike, divide, form, gather
-from elegans.training.cost import RATES, Rates, seconds
+from elegans.training.cost import RATES, Rates, rates_of, seconds
 from elegans.training.joint import Joint
 from elegans.training.planner import plan
 from elegans.training.train import train_convoy
@@ -301,3 +302,18 @@ def test_as_many_are_evaluated_at_a_time_as_are_due_together():
     (few,), (many,) = (plan(runs, 2**34, platform="gpu") for runs in (apart, seeds))
     assert Convoy((few,)).evaluated == 4
     assert Convoy((many,)).evaluated == 10  # an eighth of all, for memory
+
+
+def test_what_cohorts_cost_that_trained_together_is_counted_once(together, monkeypatch):
+    """They end one after the other, and each has its part of the seconds: what the steps should have taken is not theirs as often."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from cost import cost
+
+    cohorts = together.cohorts()
+    plans, timings = [c.plan() for c in cohorts], [row for c in cohorts for row in c.timings()]
+    assert len({row["steps"] for row in timings}) > 1
+    found, rates = cost(cohorts), rates_of("cpu")
+    convoy = Convoy(tuple(plans))
+    expected = sum((leg.stop - leg.start) * rates.step(zip([p.runs[0] for p in plans], leg.sizes, strict=True)) for leg in convoy.legs)
+    assert found["predicted"] == pytest.approx(expected) and found["runs"] == len(convoy.runs) and found["cohorts"] == len(plans)
+    assert found["training"] == pytest.approx(sum(row["training"] for row in timings))

@@ -13,6 +13,7 @@ from elegans.figures.effects import MOST_ROWS, row_axis
 
 Pair = Mapping[str, Any]  # a row of the table
 POINTS = (("half", "half-way point", "diamond", -0.14), ("change", "change point", "square", 0.14))  # column, words, marker, place in a row
+AXIS = "later by (decades of steps): half-way point (diamond), change point (square)"
 
 
 def contrasts_of(tables: Tables) -> list[dict[str, Any]]:
@@ -40,9 +41,9 @@ def contrast_forest(pairs: Sequence[Pair]) -> go.Figure:
     ends = [x for row in rows for name, *_ in POINTS for x in (row[name], row[f"{name}_low"], row[f"{name}_high"]) if x is not None]
     reach = 1.1 * max(map(abs, ends), default=1.0)
     figure = style.blank(
-        int(120 + 60 * max(len(rows), 2)), contrast_caption(pairs, len(rows)), showlegend=False, margin={"r": 210},
+        int(120 + 60 * max(len(rows), 2)), contrast_caption(pairs), showlegend=False, margin={"r": 210},
         yaxis={**row_axis([""] * len(rows)), "ticktext": [_label(row) for row in rows]},
-        xaxis={"title": {"text": "later by, decades of steps: half-way point (diamond), change point (square)"}, "range": [-reach, reach]},
+        xaxis={"title": {"text": AXIS}, "range": [-reach, reach]},
     )  # fmt: skip
     figure.add_shape(type="line", x0=0, x1=0, yref="paper", y0=0, y1=1, line={"width": 1.5, "color": style.GREY})
     for place, row in enumerate(rows):
@@ -76,9 +77,9 @@ def _draw_shift(figure: go.Figure, row: Pair, name: str, words: str, symbol: str
         figure.add_scatter(x=[middle], y=[place], mode="markers", marker=marker, hovertemplate=hover, name=words)
 
 
-def contrast_caption(pairs: Sequence[Pair], shown: int) -> str:
+def contrast_caption(pairs: Sequence[Pair]) -> str:
     """What the forest plot shows."""
-    cut = f" The first {shown} of {len(pairs)} rows are drawn." if shown < len(pairs) else ""
+    cut = f" The first {MOST_ROWS} of {len(pairs)} rows are drawn." if len(pairs) > MOST_ROWS else ""
     return (
         "By how many decades of optimiser steps a transition comes later in one group of runs than in another that differs in one field "
         "(0.3 is a factor of two; left of zero it comes earlier). Diamonds: half-way points; squares: change points; each the median of "

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from elegans.figures import queries, style
 from elegans.figures.attention import AttentionGrid, attention_grid, map_caption
 from elegans.figures.catalogue import SHADES, Catalogue, Grouping, Tables, catalogue
-from elegans.figures.contrasts import Pair, contrast_caption, contrasts_of, counts
+from elegans.figures.contrasts import AXIS, POINTS, Pair, contrast_caption, contrasts_of, counts
 from elegans.figures.curves import MANY, UNITS, Series, about, band, series, y_range
 from elegans.figures.effects import (
     EFFECTS,
@@ -44,6 +44,7 @@ LOOK: dict[Any, Any] = {
     "lines.linewidth": 1.0, "pdf.fonttype": 42, "svg.hashsalt": "elegans", "savefig.dpi": 300,
 }  # fmt: skip
 WIDTH = 5.5  # inches: the text width of most single-column papers
+MARKERS = {"diamond": "D", "square": "s"}
 LONG = 16  # letters: a legend of longer names stands below the axes
 
 
@@ -85,7 +86,7 @@ def _draw_all(tables: Tables, runs: Catalogue) -> dict[str, Captioned]:
     if found := leads_of(tables):
         drawn["lead"] = lead_forest(found), lead_caption(found, len(found))
     if pairs := contrasts_of(tables):
-        drawn["contrast"] = contrast_forest(pairs), contrast_caption(pairs, min(len(pairs), MOST_ROWS))
+        drawn["contrast"] = contrast_forest(pairs), contrast_caption(pairs)
     if "ablate" in tables.names:
         who, where = ("that learned", queries.among(runs.learned, len(runs.facts))) if runs.learned else ("measured", "true")
         made = strips(tables.ask(queries.ablation(where)))
@@ -259,11 +260,11 @@ def contrast_forest(pairs: Sequence[Pair]) -> Figure:
     figure, axes = _blank(0.9 + 0.34 * len(rows))
     axes.axvline(0, color=style.GREY, linewidth=0.8)
     for place, row in enumerate(rows):
-        for name, marker, offset in (("half", "D", -0.14), ("change", "s", 0.14)):
-            _draw_shift(axes, row[name], row[f"{name}_low"], row[f"{name}_high"], place + offset, marker)
+        for name, _, marker, offset in POINTS:
+            _draw_shift(axes, row[name], row[f"{name}_low"], row[f"{name}_high"], place + offset, MARKERS[marker])
         axes.text(1.01, place, f"{row['verdict']}, {counts(row)}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     name_rows(axes, [f"{row['curve']}: {row['group']}\nvs {row['other']}" for row in rows])
-    axes.set_xlabel("later by (decades of steps): half-way point (diamond), change point (square)")
+    axes.set_xlabel(AXIS)
     return figure
 
 

@@ -94,10 +94,9 @@ class Scaling(StoreInstrument):
     between them: their interval goes from the bootstrap quantile of the budget before the crossing to that of the
     budget after it, so that it always includes the bracket. A bound is null where it lies beyond the budgets. Slopes and breaks have
     an interval only where every budget has three seeds; of so few seeds a bootstrap covers less than it says, and of one seed bounds are
-    the bracket alone, and know nothing of other seeds. A configuration one of
-    whose runs diverged is not chosen at that budget. Rows that choose and rows that are reported differ, networks do not: among many
-    configurations that are alike but for their seeds' luck the lucky one is chosen, and its t interval covers less (simulated, three
-    seeds: of 4 alike 93 %, of 10 alike 86 %).
+    the bracket alone, and know nothing of other seeds. A configuration one of whose runs diverged is not chosen at that budget. Rows that
+    choose and rows that are reported differ, networks do not: among configurations that are alike but for their seeds' luck the lucky one
+    is chosen, and its t interval covers less (simulated, three seeds: of 4 alike 93 %, of 10 alike 86 %).
     """
 
     share: float = field(0.1, "part of the way from plateau to floor that counts as having left the plateau", gt=0, lt=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,14 +35,16 @@ from elegans.training.run import differing, holder, is_seed
 
 # columns that earlier versions of the probe did not write are null
 PROBES = """(from probe union all by name
-select null::integer as label, null::float as r2, null::float as mse, null::float as control, null::float as untrained where false)"""
+select null::integer as label, null::float as r2, null::float as mse, null::float as control, null::float as untrained,
+  null::float as chance where false)"""
 # in an order of its own, sums included: rows that arrive in another order must give the same bits, and ties the same site
 SCORE = "coalesce(accuracy, case when r2 < 0 then 0 else r2 end)"  # worse than the mean is as good as nothing, however much worse
-READABLE = f"""select run, feature, site, step, list_avg(list({SCORE}::double order by "index", label)) as score
+READABLE = f"""select run, feature, site, step, list_avg(list({SCORE}::double order by "index", label)) as score,
+  list_avg(list(chance::double order by "index", label)) as chance
 from {PROBES} where coalesce(accuracy, r2) is not null group by run, feature, site, step order by run, feature, step, site"""
-GUESSES = f"select run, feature, site, avg(chance) as chance from {PROBES} where chance is not null group by run, feature, site"
 LOSSES = "select run, step, loss from metrics where split = 'validation' and loss is not null order by step"
 NEVER_FELL, NEVER_READ, NO_START = "loss never fell", "never readable", "untrained network not probed"
+BySite = dict[str, list[tuple[int, float]]]  # site to steps and what was found there
 EARLY, GUESSED = "readable untrained", "too rare to tell from a guess"
 
 
@@ -137,18 +138,17 @@ class Transition(StoreInstrument):
         }
 
     def _features(self, store: Store) -> dict[tuple[str, str], Course]:
-        guesses: dict[tuple[str, str], dict[str, float]] = {}
-        for row in store.sql(GUESSES).to_pylist():
-            guesses.setdefault((row["run"], row["feature"]), {})[row["site"]] = row["chance"]
-        return {key: self._feature(by_site, guesses.get(key, {})) for key, by_site in _nested(store.sql(READABLE)).items()}
+        table = store.sql(READABLE)
+        guesses = {key: {site: points[0][1] for site, points in sites.items()} for key, sites in _nested(table, "chance").items()}
+        return {key: self._feature(by_site, guesses.get(key, {})) for key, by_site in _nested(table).items()}
 
-    def _feature(self, by_site: dict[str, list[tuple[int, float]]], guesses: Mapping[str, float] = types.MappingProxyType({})) -> Course:
+    def _feature(self, by_site: BySite, guesses: Mapping[str, float] | None = None) -> Course:
         site = max(by_site, key=lambda name: by_site[name][-1][1])
         steps, score = zip(*by_site[site], strict=True)
         if steps[0] > 0:
             return Course(steps, score, None, None, NO_START)
         if score[-1] - score[0] < self.least:
-            guess = guesses.get(site, 0.0)
+            guess = (guesses or {}).get(site, 0.0)
             early = EARLY if score[0] - guess >= (1 - guess) / 2 else GUESSED  # of what a guess leaves the untrained one reads half
             return Course(steps, score, None, None, NEVER_READ if score[0] < 1 - self.least else early)
         level = (score[0] + score[-1]) / 2
@@ -249,11 +249,11 @@ def _middle(course: Course) -> float | None:
     return None if course.change is None else float(10 ** np.mean(decades(course.change)))
 
 
-def _nested(table: pa.Table) -> dict[tuple[str, str], dict[str, list[tuple[int, float]]]]:
-    """(run, feature) to site to [(step, score)]."""
-    made: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
-    for row in table.to_pylist():
-        made.setdefault((row["run"], row["feature"]), {}).setdefault(row["site"], []).append((row["step"], row["score"]))
+def _nested(table: pa.Table, value: str = "score") -> dict[tuple[str, str], BySite]:
+    """(run, feature) to site to [(step, value)], where there is one."""
+    made: dict[tuple[str, str], BySite] = {}
+    for row in (row for row in table.to_pylist() if row[value] is not None):
+        made.setdefault((row["run"], row["feature"]), {}).setdefault(row["site"], []).append((row["step"], row[value]))
     return made
 
 

@@ -33,7 +33,7 @@ from elegans.models.norms import LayerNorm, RMSNorm
 from elegans.models.positions import Learned, Positions, Rotary
 from elegans.sources import classes, is_custom
 from elegans.specs import field, spec, structure
-from elegans.types import Edit, Trace, edited, no_edit
+from elegans.types import Edit, Trace, apply_edit, no_edit
 
 ONE_HOT_VOCAB = 512  # up to here a one-hot product beats a gather, whose gradient is a scatter-add
 
@@ -283,7 +283,7 @@ class Transformer(Model):
         seen: dict[str, Any] = {}
 
         def site(name: str, x: Any) -> Any:
-            seen[name] = x = edited(edit, name, x)
+            seen[name] = x = apply_edit(edit, name, x)
             return x
 
         kernels = fused.serves(self.dtype, edit)

@@ -175,11 +175,8 @@ def scaling_panel(found: list[Scaled], tables: Tables) -> list[Panel]:
 def lead_panel(found: list[Lead], tables: Tables) -> list[Panel]:
     """The forest plot."""
     query = ";\n\n".join([queries.LEAD] + [queries.TRANSITION] * ("transition" in tables.names))
-    return (
-        [Panel("Does the feature come before the loss?", query, [("", effects.lead_forest(found))])]
-        if any(l.mean is not None for l in found)
-        else []
-    )
+    some = any(lead.mean is not None for lead in found)
+    return [Panel("Does the feature come before the loss?", query, [("", effects.lead_forest(found))])] if some else []
 
 
 def contrast_panel(pairs: Sequence[Pair]) -> list[Panel]:

@@ -150,12 +150,10 @@ def _contrast_sentences(pairs: Sequence[Pair]) -> list[str]:
     told = [curve for curve in curves if any(p["curve"] == curve and p["verdict"] != "undecided" for p in pairs)]
     left = [the(curve) for curve in curves if curve not in told]
     said = [_contrast_sentence(curve, [pair for pair in pairs if pair["curve"] == curve]) for curve in told]
-    what = " and ".join([", ".join(left[:-1]), left[-1]] if len(left) > 1 else left)
-    return said + (
-        [f"In which of the groups that differ in one field {what} {'comes' if len(left) == 1 else 'come'} later is undecided."]
-        if left
-        else []
-    )
+    if left:
+        what = " and ".join([*filter(None, [", ".join(left[:-1])]), left[-1]])
+        said.append(f"In which of the groups that differ in one field {what} {'comes' if len(left) == 1 else 'come'} later is undecided.")
+    return said
 
 
 def _contrast_sentence(curve: str, pairs: Sequence[Pair]) -> str:

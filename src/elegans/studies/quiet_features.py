@@ -131,6 +131,9 @@ def changed(task: Task, fields: dict[str, Any]) -> Run:
 
 # ---- parts
 
+TEN = LogSpaced(per_decade=10)
+RECORDED = Record(train=TEN, evaluate=TEN, weights=TEN, examples=1000, by_position=False)
+WITHIN = Probe(), Ablate(at="final", draws=16), Transition()
 ACROSS = Probe(at="final"), AcrossCompute()
 PARTS = Parts("quiet_features", lambda make, less: _smaller() if less else make())
 
@@ -143,15 +146,13 @@ def within() -> Made:
     Cost: 9 structures x 8 runs (64 of addition, whose leads decide and vary most) x 7,000 to 50,000 steps, and as many programs for probes
     and ablations.
     """
-    ten = LogSpaced(per_decade=10)
-    recorded = Record(train=ten, evaluate=ten, weights=ten, examples=1000, by_position=False)
     runs: list[Run] = []
     for task in (task for task in TASKS if not isinstance(task, Multiplication)):
         add = isinstance(task, Addition)
         setting = {"model.d_model": 32, "optim.lr": 1e-2, "flops": 1e12} if add else {"model.d_model": 64, "optim.lr": 1e-3, "flops": 2e13}
-        run = changed(task, setting | {"batch": 8, "record": recorded, "label": "{task} seed={seed}"})
+        run = changed(task, setting | {"batch": 8, "record": RECORDED, "label": "{task} seed={seed}"})
         runs += grid(run, {"seed": range(64 if add else 8)})
-    return runs, (Probe(), Ablate(at="final", draws=16), Transition())
+    return runs, WITHIN
 
 
 @PARTS.part(draw)
@@ -162,11 +163,9 @@ def multiplication() -> Made:
     8 seeds, weights recorded ten times a decade, probed after every block and ablated. Cost: an hour and a half of two CPU cores.
     Expect, from the paper (16 bits, carry_16): the first operand and the last carry before the loss.
     """
-    ten = LogSpaced(per_decade=10)
-    recorded = Record(train=ten, evaluate=ten, weights=ten, examples=1000, by_position=False)
     setting = {"model.d_model": 64, "model.dtype": "float32", "optim.lr": 1e-3, "flops": 2.2e13}
-    run = changed(Multiplication(length=8), setting | {"batch": 64, "record": recorded, "label": "{task} seed={seed}"})
-    return grid(run, {"seed": range(8)}), (Probe(), Ablate(at="final", draws=16), Transition())
+    run = changed(Multiplication(length=8), setting | {"batch": 64, "record": RECORDED, "label": "{task} seed={seed}"})
+    return grid(run, {"seed": range(8)}), WITHIN
 
 
 @PARTS.part(draw)

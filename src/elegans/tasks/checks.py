@@ -252,12 +252,8 @@ def _contents(task: Task, drawn: _Drawn) -> Iterator[dict[str, Any]]:
         yield _line("contents", many, task.contents, "that differ")
     alike = _alike(task, drawn.rows)
     for i, part in enumerate(PARTS):
-        yield _line(
-            f"prompts of {part}",
-            len(np.unique(alike[drawn.part == i])),
-            None,
-            "that differ, of those drawn: probes and scores know no more",
-        )
+        many = len(np.unique(alike[drawn.part == i]))
+        yield _line(f"prompts of {part}", many, None, "that differ, of those drawn: probes and scores know no more")
     if drawn.content is not None and (drawn.content != drawn.content[alike]).any():
         raise Invalid("content", "two of one row", "allowed: the same for rows of the same prompt")
     leaks = len(np.unique(alike[drawn.part != drawn.part[alike]]))
@@ -290,12 +286,8 @@ def _truths(rows: Example) -> Iterator[dict[str, Any]]:
         where = f"at {seen.min()} to {seen.max()}" if len(seen) else "nowhere"
         values = np.unique(np.asarray(t.values)[there])
         span = f", values {values[0]:g} to {values[-1]:g}" if len(values) else ""
-        yield _line(
-            f"truth.{name}",
-            there.mean() if there.size else None,
-            None,
-            f"{t.kind}{span}, {there.shape[1]} reads {where}; share that rows have",
-        )
+        share = there.mean() if there.size else None
+        yield _line(f"truth.{name}", share, None, f"{t.kind}{span}, {there.shape[1]} reads {where}; share that rows have")
 
 
 def _compared(task: Task, rows: Example, oracle: Oracle) -> dict[str, Any]:
