@@ -119,6 +119,12 @@ def test_a_long_cohort_and_a_short_one_train_in_turn_where_programs_compile_ahea
     assert steps(ahead=True, minutes=5) == [300_000, 20, 4000, 90, 10**8]  # what does not end in time comes last
 
 
+def test_training_begins_with_the_program_that_compiles_soonest():
+    runs = [replace(replace(RUN, "model.layers", layers), "steps", n) for layers, n in ((3, 900), (1, 500), (1, 80), (3, 20), (1, 700))]
+    left = [(Convoy((one,)), 0) for run in runs for one in plan([run], 2**30)]
+    assert [left[i][0].steps for i in in_turn(left, RATES["gpu"], ahead=True)] == [700, 20, 900, 80, 500]
+
+
 def test_a_gpu_s_wide_models_in_bfloat16_are_compiled_without_triton_s_products():
     tried = {
         (platform, dtype, d)

@@ -25,7 +25,7 @@ from elegans.training.joint import Joint
 
 MOST_WORKERS = 4  # programs compiled at a time, of four parts each: beside more, those that are needed first would be ready last
 NICE = 10  # of the threads that compile
-SPARE = 4  # programs that may lie ready besides those being compiled
+SPARE = 24  # programs that may lie ready besides those being compiled: what long convoys leave time for, short ones ask for at once
 SWITCH = 5e-4  # seconds for which a thread keeps Python's lock while another wants it: training asks for it often and briefly
 
 

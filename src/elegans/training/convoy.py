@@ -19,7 +19,7 @@ import scipy.sparse
 from elegans.models import Transformer
 from elegans.sources import classes, is_custom
 from elegans.training.cohort import EVALUATIONS, group, resolve
-from elegans.training.cost import Leg, Rates, rates_of, seconds, shrink
+from elegans.training.cost import Leg, Rates, layers_of, rates_of, seconds, shrink
 from elegans.training.joint import Shared
 from elegans.training.planner import CohortPlan, Segment
 from elegans.training.run import Run
@@ -233,9 +233,9 @@ def families(runs: Sequence[Run], together: bool = False) -> list[list[Run]]:
 def in_turn(left: Sequence[tuple[Convoy, int]], rates: Rates, ahead: bool, minutes: float | None = None) -> list[int]:
     """The order in which to train convoys that have come so many steps far; parents first.
 
-    Where programs are compiled `ahead`, a long one and a short one in turn: while the one trains, the programs of the next are compiled.
-    What does not end within so many `minutes` comes last. Elsewhere the longest first, or the shortest where time is short, so that most
-    finish.
+    Where programs are compiled `ahead`, a long one and a short one in turn: while the one trains, the programs of the next are compiled;
+    nothing trains before the first, so that it is the longest of those of fewest layers. What does not end within so many `minutes` comes
+    last. Elsewhere the longest first, or the shortest where time is short, so that most finish.
     """
     within = float("inf") if minutes is None else 60 * minutes
     spent = [convoy.seconds(rates, step) for convoy, step in left]
@@ -243,6 +243,8 @@ def in_turn(left: Sequence[tuple[Convoy, int]], rates: Rates, ahead: bool, minut
     late = [i for i in reversed(order) if spent[i] > within]
     if ahead:
         fits = [i for i in order if spent[i] <= within]
+        first = min(fits, key=lambda i: layers_of(left[i][0].runs[0]), default=None)
+        fits.sort(key=lambda i: i != first)
         order = [fits.pop(-1 if n % 2 else 0) for n in range(len(fits))] + late
     elif minutes is not None:
         order.reverse()

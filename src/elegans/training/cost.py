@@ -26,6 +26,11 @@ def parameters(run: Run) -> int:
     return sum(w.size for w in jax.tree.leaves(shapes_of(resolve(run))))
 
 
+def layers_of(run: Run) -> int:
+    """Layers of a run's model; a custom one counts as two."""
+    return getattr(run.model, "layers", 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """How fast a kind of device is (docs/speed.md has the measurements)."""
@@ -47,9 +52,9 @@ class Rates:
         """
         loads = [(run, replicas) for run, replicas in loads if replicas]
         model, longest = loads[0][0].model, max(run.task.positions for run, _ in loads)
-        width, layers = getattr(model, "d_model", 64), getattr(model, "layers", 2)
+        width = getattr(model, "d_model", 64)
         work = sum(flops_per_step(run) * replicas * (longest / run.task.positions) for run, replicas in loads)
-        return self.layer * layers + work / min(self.width * width, self.most)
+        return self.layer * layers_of(loads[0][0]) + work / min(self.width * width, self.most)
 
 
 RATES = {"cpu": Rates(1.2e9, 1e11, 2e-4, 8.0, cores=True), "gpu": Rates(8e11, 1.5e14, 6e-5, 8.0)}  # two cores; one H100 with 16 cores
