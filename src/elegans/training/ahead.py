@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import gc
 import os
 import sys
 import threading
@@ -74,6 +75,7 @@ class Ahead:
         self.switch = sys.getswitchinterval()
         if self.pool:
             sys.setswitchinterval(min(SWITCH, self.switch))
+            gc.freeze()  # millions of objects of a plan's traces: to look through them for cycles takes seconds, and all threads wait
         self._start()
         return self
 
@@ -81,6 +83,7 @@ class Ahead:
         sys.setswitchinterval(self.switch)
         if self.pool:
             self.pool.shutdown(wait=False, cancel_futures=True)
+            gc.unfreeze()
 
     def take(self, convoy: Convoy, leg: Leg) -> Ready:
         """The programs of a leg, as soon as they are compiled."""

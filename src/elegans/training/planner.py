@@ -114,6 +114,7 @@ def plan(
     rates = rates_of(platform)
     with _uncollected():
         sized = [found for members in group(runs) for found in _sized(members, memory, measure, platform)]
+    _peak.cache_clear()  # half of the objects that a process would have from now on
     return [_cohort(members, rates, memory, devices, needed) for members, needed in sized]
 
 

@@ -126,14 +126,19 @@ class _Schedule:
     """When each run of a cohort does something that a `When` asks for."""
 
     def __init__(self, runs: Sequence[Run], when: When, shift_last: int = 0):
-        distinct = {n: when.upto(n) for n in {run.length for run in runs}}
-        marks = {n: np.unique([*steps[:-1], *(last - shift_last for last in steps[-1:])]) for n, steps in distinct.items()}
-        self._marks = [marks[run.length] for run in runs]
-        self.steps = sorted({int(s) for m in marks.values() for s in m})
+        lengths = sorted({run.length for run in runs})
+        marks = [np.unique([*steps[:-1], *(last - shift_last for last in steps[-1:])]).astype(int) for steps in map(when.upto, lengths)]
+        self._at = np.unique(np.concatenate(marks))
+        self._marked = np.stack([np.isin(self._at, each) for each in marks], 1)  # [of `_at`, length]
+        self._length = np.searchsorted(lengths, [run.length for run in runs])
+        self.steps = self._at.tolist()
 
     def due(self, steps: np.ndarray) -> np.ndarray:
-        """Which run does it at which step: [step, run]."""
-        return np.stack([np.isin(steps, m) for m in self._marks], 1)
+        """Which run does it at which step: [step, run]. Asked for every call to the device, which waits meanwhile."""
+        if not self.steps:
+            return np.zeros((len(steps), len(self._length)), bool)
+        place = np.searchsorted(self._at, steps).clip(max=len(self._at) - 1)
+        return (self._at[place] == steps)[:, None] & self._marked[place][:, self._length]
 
 
 class _Leg:
