@@ -1,6 +1,7 @@
 """Programs compiled in threads are the programs that would have been compiled in turn."""
 
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -136,13 +137,13 @@ def test_a_gpu_s_wide_models_in_bfloat16_are_compiled_without_triton_s_products(
     assert len(tried) == 10 and not tried & {("gpu", "bfloat16", 64), ("gpu", "bfloat16", 512)}
 
 
-def test_threads_wait_less_for_python_s_lock_while_programs_are_compiled():
-    before = sys.getswitchinterval()
-    with Ahead([], jax.devices()[0], workers=1):
-        assert sys.getswitchinterval() < before
-    assert sys.getswitchinterval() == before
-    with Ahead([], jax.devices()[0], workers=0):
-        assert sys.getswitchinterval() == before
+@pytest.mark.parametrize(("workers", "quiet"), [(1, True), (0, False)])
+def test_threads_wait_less_for_python_s_lock_and_for_its_search_for_cycles_while_programs_are_compiled(workers, quiet):
+    before = sys.getswitchinterval(), gc.get_threshold()
+    with Ahead([], jax.devices()[0], workers=workers):
+        assert (sys.getswitchinterval() < before[0]) == quiet
+        assert gc.get_threshold()[:2] == before[1][:2] and (gc.get_threshold()[2] > 10**9) == quiet
+    assert (sys.getswitchinterval(), gc.get_threshold()) == before
 
 
 def test_every_core_is_a_device_though_loading_a_study_starts_jax(tmp_path):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import gc
 import itertools
+import weakref
 from pathlib import Path
 
 import jax
@@ -116,9 +118,24 @@ def test_what_pads_a_model_is_zero_and_stays_so():
 def test_no_program_carries_an_array_as_large_as_a_model():
     """At d_model 512 such constants were gigabytes."""
     programs = Joint([[r for r in runs() if r.task == task] for task in TASKS], jax.devices()[0])
-    captured = jax.make_jaxpr(programs._started)(programs.runs, programs.task).consts
+    captured = jax.make_jaxpr(programs._functions["start"].__wrapped__)(programs.runs, programs.task).consts
     least = min(np.asarray(s.params).shape[1] for s in programs.split(programs.start()))
     assert all(np.size(a) < least for a in captured)
+
+
+@pytest.mark.parametrize("make", [lambda groups: Joint(groups, jax.devices()[0]), lambda groups: Programs(groups[1], jax.devices()[0], 1)])
+def test_programs_leave_memory_as_soon_as_nobody_has_them(make):
+    programs = make([[r for r in runs() if r.task == task] for task in TASKS])
+    states, _ = programs.chunk(programs.start(), 0, 1)
+    programs.evaluate(states.params, "test", np.arange(1))
+    held = weakref.ref(programs)
+    gc.collect()
+    gc.disable()
+    try:
+        del programs
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_however_many_batches_are_drawn_at_once_runs_are_the_same_but_for_rounding_and_chunks_change_no_bit(monkeypatch):

@@ -27,6 +27,7 @@ from elegans.training.joint import Joint
 MOST_WORKERS = 4  # programs compiled at a time, of four parts each: beside more, those that are needed first would be ready last
 NICE = 10  # of the threads that compile
 SPARE = 24  # programs that may lie ready besides those being compiled: what long convoys leave time for, short ones ask for at once
+NEVER = 2**31 - 1  # is the whole heap looked through for cycles: traces leave millions of objects, it takes seconds, and all threads wait
 SWITCH = 5e-4  # seconds for which a thread keeps Python's lock while another wants it: training asks for it often and briefly
 
 
@@ -72,10 +73,10 @@ class Ahead:
         self.pool = ThreadPoolExecutor(self.workers, initializer=stand_back) if self.workers else None
 
     def __enter__(self) -> Ahead:
-        self.switch = sys.getswitchinterval()
+        self.switch, self.collecting = sys.getswitchinterval(), gc.get_threshold()
         if self.pool:
             sys.setswitchinterval(min(SWITCH, self.switch))
-            gc.freeze()  # millions of objects of a plan's traces: to look through them for cycles takes seconds, and all threads wait
+            gc.set_threshold(*self.collecting[:2], NEVER)
         self._start()
         return self
 
@@ -83,7 +84,7 @@ class Ahead:
         sys.setswitchinterval(self.switch)
         if self.pool:
             self.pool.shutdown(wait=False, cancel_futures=True)
-            gc.unfreeze()
+            gc.set_threshold(*self.collecting)
 
     def take(self, convoy: Convoy, leg: Leg) -> Ready:
         """The programs of a leg, as soon as they are compiled."""

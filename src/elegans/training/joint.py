@@ -52,6 +52,47 @@ class Shared(Task):
         raise NotImplementedError("the tasks that it stands for draw their own rows")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Groups:
+    """What the program does for each group of runs. It refers to no `Joint`: its memory would wait for Python's search for cycles."""
+
+    sizes: list[int]  # runs of each
+    axes: list[Any]  # of each one's task data: shared, or of every run
+    longest: int  # tokens of a row
+
+    def started(self, runs: Run, parts: Any) -> State:
+        """Weights of a shape that all tasks share are drawn for all at once, the same as for each: that is most of the program."""
+        wide, treedef = jax.tree.flatten(over(initial, 0)(runs))
+        own = [jax.tree.leaves(over(initial, 0)(members)) for members, _ in parts]
+        ends = np.cumsum(self.sizes)
+        leaves = []
+        for shared, *each in zip(wide, *own, strict=True):
+            drawn = [shared[end - len(w) : end] if w.shape[1:] == shared.shape[1:] else w for w, end in zip(each, ends, strict=True)]
+            leaves.append(jnp.concatenate([resized(w, shared.shape[1:]) for w in drawn]))
+        return over(start, 0, 0)(runs, jax.vmap(ravel)(jax.tree.unflatten(treedef, leaves)))
+
+    def held_out(self, runs: Run, parts: Any) -> HeldOut:
+        del runs
+        drawn = [over(draw_held_out, 0, axes)(own, data) for (own, data), axes in zip(parts, self.axes, strict=True)]
+        return HeldOut(*(_joined([self.padded(example) for example in examples]) for examples in zip(*drawn, strict=True)))
+
+    def drawn(self, runs: Run, step: Int[Array, ""], data: RunData) -> Example:
+        del runs
+        drawn = []
+        for (own, arrays), axes in zip(data.task, self.axes, strict=True):
+            draw = over(lambda run, arrays: draw_batch(run, step, RunData(arrays)), 0, axes)
+            drawn.append(draw(own, arrays))
+        if any(example.weights is not None for example in drawn):
+            drawn = [e if e.weights is not None else dataclasses.replace(e, weights=jnp.ones(e.tokens.shape)) for e in drawn]
+        return _joined([self.padded(example) for example in drawn])
+
+    def padded(self, rows: Example) -> Example:
+        """Rows [..., position] as long as the longest of any task, unscored there."""
+        beyond = [(0, 0)] * (rows.tokens.ndim - 1) + [(0, self.longest - rows.tokens.shape[-1])]
+        weights = None if rows.weights is None else jnp.pad(rows.weights, beyond)
+        return Example(jnp.pad(rows.tokens, beyond, mode="edge"), jnp.pad(rows.scored, beyond), weights=weights)
+
+
 class Joint(Programs):
     """The programs of several groups of runs, each group of one structure, that differ from each other in their task alone."""
 
@@ -68,52 +109,18 @@ class Joint(Programs):
         few = evaluated(device, len(shared), few)
         self.spread, self.few = Spread([device], len(shared), whole=True), Spread(devices_for(device, few, 1), few)
         made = [share(members) for members in groups]
-        self._axes = [axes for _, axes in made]
+        parts = _Groups(self.sizes, [axes for _, axes in made], longest)
         self.runs = self.spread.place(stack(shared))
         self.task = self.spread.place(tuple((stack(members), data) for members, (data, _) in zip(groups, made, strict=True)))
         self._longest = longest
-        self._draw, self._take = jax.jit(self._drawn, inline=True), jax.jit(over(take, 0, 0, None, 0), inline=True)
+        self._draw, self._take = jax.jit(parts.drawn, inline=True), jax.jit(over(take, 0, 0, None, 0), inline=True)
         self._functions = {
-            "start": jax.jit(self._started),
-            "held_out": jax.jit(self._held_out),
+            "start": jax.jit(parts.started),
+            "held_out": jax.jit(parts.held_out),
             "evaluate": self.few.jit(over(evaluate, 0, 0, 0), (0, 0, 0), 0),
             "few": jax.jit(taken),
             "chunk": jax.jit(self._chunk, donate_argnums=(1,)),
         }
-
-    # ---- what the program does
-
-    def _started(self, runs: Run, parts: Any) -> State:
-        """Weights of a shape that all tasks share are drawn for all at once, the same as for each: that is most of the program."""
-        wide, treedef = jax.tree.flatten(over(initial, 0)(runs))
-        own = [jax.tree.leaves(over(initial, 0)(members)) for members, _ in parts]
-        ends = np.cumsum(self.sizes)
-        leaves = []
-        for shared, *each in zip(wide, *own, strict=True):
-            drawn = [shared[end - len(w) : end] if w.shape[1:] == shared.shape[1:] else w for w, end in zip(each, ends, strict=True)]
-            leaves.append(jnp.concatenate([resized(w, shared.shape[1:]) for w in drawn]))
-        return over(start, 0, 0)(runs, jax.vmap(ravel)(jax.tree.unflatten(treedef, leaves)))
-
-    def _held_out(self, runs: Run, parts: Any) -> HeldOut:
-        del runs
-        drawn = [over(draw_held_out, 0, axes)(own, data) for (own, data), axes in zip(parts, self._axes, strict=True)]
-        return HeldOut(*(_joined([self._padded(example) for example in examples]) for examples in zip(*drawn, strict=True)))
-
-    def _drawn(self, runs: Run, step: Int[Array, ""], data: RunData) -> Example:
-        del runs
-        drawn = []
-        for (own, arrays), axes in zip(data.task, self._axes, strict=True):
-            draw = over(lambda run, arrays: draw_batch(run, step, RunData(arrays)), 0, axes)
-            drawn.append(draw(own, arrays))
-        if any(example.weights is not None for example in drawn):
-            drawn = [e if e.weights is not None else dataclasses.replace(e, weights=jnp.ones(e.tokens.shape)) for e in drawn]
-        return _joined([self._padded(example) for example in drawn])
-
-    def _padded(self, rows: Example) -> Example:
-        """Rows [..., position] as long as the longest of any task, unscored there."""
-        beyond = [(0, 0)] * (rows.tokens.ndim - 1) + [(0, self._longest - rows.tokens.shape[-1])]
-        weights = None if rows.weights is None else jnp.pad(rows.weights, beyond)
-        return Example(jnp.pad(rows.tokens, beyond, mode="edge"), jnp.pad(rows.scored, beyond), weights=weights)
 
     def hold(self, rows: HeldOut) -> None:
         super().hold(jax.tree.map(lambda a: a[..., : self._longest], rows))
