@@ -19,11 +19,6 @@ print(network.task.text(row), "->", network.task.text(network.complete(row[: row
 logits, trace = network.trace(row[:-1])
 print("sites:", " ".join(trace.sites))
 print("attention of layer 0, head 0, last query:", jnp.round(trace["pattern.0"][0, -1], 2))
-
-
-def without_attention_1(site, x):
-    """The edit: nothing of the second attention reaches the residual stream."""
-    return jnp.zeros_like(x) if site == "attn_out.1" else x
-
-
+without_attention_1 = {"attn_out.1": jnp.zeros_like}  # nothing of the second attention reaches the residual stream
 print("unedited", network.score(), "without attention 1", network.score(edit=without_attention_1))
+print("without head 0 there", network.score(edit={"z.1.0": jnp.zeros_like}))

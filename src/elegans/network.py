@@ -22,7 +22,7 @@ from elegans.tasks.sampling import draw_set, prepare
 from elegans.training.cohort import resolve
 from elegans.training.run import Run
 from elegans.training.step import params_of, scores
-from elegans.types import Edit, Example, Trace, no_edit
+from elegans.types import Edit, Edits, Example, Trace, edit_of, no_edit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +67,22 @@ class Network:
             raise Invalid("tokens", rows, f"allowed: at least one id from 0 to {self.task.vocab_size - 1}")
         return jnp.asarray(ids, jnp.int32)
 
-    def trace(self, tokens: Any, edit: Edit = no_edit) -> tuple[Float[Array, "*batch position vocab"], Trace]:
-        """Logits after every token, and everything on the way; `edit(site, x)` intervenes. See models/transformer.py for sites."""
+    def trace(self, tokens: Any, edit: Edit | Edits = no_edit) -> tuple[Float[Array, "*batch position vocab"], Trace]:
+        """Logits after every token, and everything on the way. See models/transformer.py for sites.
+
+        `edit` intervenes in every row: `edit(site, x)` returns what replaces x, or by site what does so, `{"attn_out.1": jnp.zeros_like}`,
+        or by head, `{"z.1.0": jnp.zeros_like}`. Raises `Invalid` for names that are no sites, and where a shape changes.
+        """
         ids = self.tokens(tokens)
+        if not callable(edit):
+            sites = jax.eval_shape(lambda row: self.model.apply(self.params, row)[1].sites, ids.reshape(-1, ids.shape[-1])[0])
+            edit = edit_of(edit, sites)
         if ids.ndim == 1:
             return self.model.apply(self.params, ids, edit=edit)
         return jax.vmap(lambda row: self.model.apply(self.params, row, edit=edit), axis_name="batch")(ids)
 
-    def score(self, count: int = 512, part: str = "test", edit: Edit = no_edit) -> dict[str, float]:
-        """Loss (nats per scored token), accuracy and exact match on examples of a part, under an edit."""
+    def score(self, count: int = 512, part: str = "test", edit: Edit | Edits = no_edit) -> dict[str, float]:
+        """Loss (nats per scored token), accuracy and exact match on examples of a part, under an edit as in `trace`."""
         rows = dataclasses.replace(self.examples(count, part), weights=None)  # these are the training loss's
         loss, metrics = scores(self.trace(rows.tokens[:, :-1], edit)[0], rows)
         return {"loss": float(loss), **{k: float(v) for k, v in metrics.items()}}

@@ -7,7 +7,7 @@ Tasks, models and instruments are written for one example or one replica; the ot
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, Union
 
 import jax
@@ -65,19 +65,26 @@ class Trace:
     sites: dict[str, Float[Array, "..."]]
 
     def __getitem__(self, site: str) -> Float[Array, "..."]:
-        if site in self.sites:
-            return self.sites[site]
-        whole, _, head = site.rpartition(".")
-        axis = HEAD_AXIS.get(whole.partition(".")[0])
-        if whole not in self.sites or axis is None:
-            raise Invalid("site", site, f"allowed: {', '.join(self.sites)}, and heads of {', '.join(HEAD_AXIS)}, such as z.0.0")
-        heads = self.sites[whole].shape[axis]
-        if not head.isdecimal() or int(head) >= heads:
-            raise Invalid("site", site, f"allowed: heads 0 to {heads - 1} of {whole}")
-        return self.sites[whole][(..., int(head), *[slice(None)] * (-axis - 1))]
+        whole, where = _place(site, self.sites)
+        return self.sites[whole] if whole == site else self.sites[whole][where]
+
+
+def _place(site: str, sites: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    """Which site a name is of, and where in its array: all of it, or one head's. Raises `Invalid`."""
+    if site in sites:
+        return site, (...,)
+    whole, _, head = site.rpartition(".")
+    axis = HEAD_AXIS.get(whole.partition(".")[0])
+    if whole not in sites or axis is None:
+        raise Invalid("site", site, f"allowed: {', '.join(sites)}, and heads of {', '.join(HEAD_AXIS)}, such as z.0.0")
+    heads = sites[whole].shape[axis]
+    if not head.isdecimal() or int(head) >= heads:
+        raise Invalid("site", site, f"allowed: heads 0 to {heads - 1} of {whole}")
+    return whole, (..., int(head), *[slice(None)] * (-axis - 1))
 
 
 Edit = Callable[[str, Any], Any]  # edit(site, x) returns what replaces x
+Edits = Mapping[str, Callable[[Any], Any]]  # by site, or head of one: what makes of x what replaces it
 
 
 def no_edit(site: str, x: Any) -> Any:
@@ -93,3 +100,16 @@ def apply_edit(edit: Edit, site: str, x: Any) -> Any:
         shown = "None" if made is None else f"shape {getattr(made, 'shape', '()')}"
         raise Invalid(f"edit of {site}", shown, f"allowed: an array of shape {x.shape}; return x where nothing is to change")
     return made
+
+
+def edit_of(edits: Edits, sites: Mapping[str, Any]) -> Edit:
+    """One edit that does what each of some do to its site, or to one head there (`z.1.0`). Raises `Invalid` for names that are no sites."""
+    places = [(name, *_place(name, sites), change) for name, change in edits.items()]
+
+    def edit(site: str, x: Any) -> Any:
+        for name, whole, where, change in places:
+            if whole == site:
+                x = x.at[where].set(apply_edit(lambda _, part, change=change: change(part), name, x[where]))
+        return x
+
+    return edit
