@@ -204,7 +204,7 @@ def run_rows(store: Store) -> pa.Table:
         f"{part}.{of} as {part}_{name}" for part in ("validation", "test") for of, name in (("loss", "loss"), ("exact_match", "exact"))
     ]
     joined = " ".join(f"left join last {part} on {part}.run = r.run and {part}.split = '{part}'" for part in ("validation", "test"))
-    return store.sql(f"with last as ({FINAL}) select {', '.join(picked)} from runs r {joined} order by r.cohort, r.label, r.run")
+    return store.sql(f"with last as ({FINAL}) select {', '.join(picked)} from runs r {joined} order by r.label, r.run")
 
 
 def run_summary(folder: Path, page: Path) -> pa.Table:

@@ -6,6 +6,7 @@ from runs to rows:  check -> plan -> train -> store -> measure -> report
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,7 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
         mine = Store(path).only(study.runs)  # what else is in the store may be nothing that these can measure
         for instrument in networks:
             measure(instrument, mine, listener)
+        gc.collect()  # of what that leaves in cycles; where programs compile ahead, Python does not look for it by itself
 
     def conclude(store: Store) -> None:
         noted = store.path / "study.json"
