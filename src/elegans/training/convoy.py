@@ -243,7 +243,7 @@ def in_turn(left: Sequence[tuple[Convoy, int]], rates: Rates, ahead: bool, minut
     late = [i for i in reversed(order) if spent[i] > within]
     if ahead:
         fits = [i for i in order if spent[i] <= within]
-        first = min(fits, key=lambda i: layers_of(left[i][0].runs[0]), default=None)
+        first = min(fits, key=lambda i: layers_of(left[i][0].plans[0].runs[0]), default=None)
         fits.sort(key=lambda i: i != first)
         order = [fits.pop(-1 if n % 2 else 0) for n in range(len(fits))] + late
     elif minutes is not None:

@@ -109,21 +109,20 @@ class Joint(Programs):
         few = evaluated(device, len(shared), few)
         self.spread, self.few = Spread([device], len(shared), whole=True), Spread(devices_for(device, few, 1), few)
         made = [share(members) for members in groups]
-        parts = _Groups(self.sizes, [axes for _, axes in made], longest)
+        self._groups = _Groups(self.sizes, [axes for _, axes in made], longest)
         self.runs = self.spread.place(stack(shared))
         self.task = self.spread.place(tuple((stack(members), data) for members, (data, _) in zip(groups, made, strict=True)))
-        self._longest = longest
-        self._draw, self._take = jax.jit(parts.drawn, inline=True), jax.jit(over(take, 0, 0, None, 0), inline=True)
+        self._draw, self._take = jax.jit(self._groups.drawn, inline=True), jax.jit(over(take, 0, 0, None, 0), inline=True)
         self._functions = {
-            "start": jax.jit(parts.started),
-            "held_out": jax.jit(parts.held_out),
+            "start": jax.jit(self._groups.started),
+            "held_out": jax.jit(self._groups.held_out),
             "evaluate": self.few.jit(over(evaluate, 0, 0, 0), (0, 0, 0), 0),
             "few": jax.jit(taken),
             "chunk": jax.jit(self._chunk, donate_argnums=(1,)),
         }
 
     def hold(self, rows: HeldOut) -> None:
-        super().hold(jax.tree.map(lambda a: a[..., : self._longest], rows))
+        super().hold(jax.tree.map(lambda a: a[..., : self._groups.longest], rows))
 
     # ---- states of each cohort's own, and of all
 
