@@ -21,7 +21,7 @@ from elegans.training.convoy import Convoy, alike, divide, form, gather
 from elegans.training.cost import RATES, Rates, rates_of, seconds
 from elegans.training.joint import Joint
 from elegans.training.planner import plan
-from elegans.training.train import train_convoy
+from elegans.training.train import Rows, train_convoy
 
 GPU, MEMORY = RATES["gpu"], 2**34
 EAGER = Rates(GPU.width, GPU.most, GPU.layer, 0.0)  # compiles for nothing: every cohort is left as it ends
@@ -204,6 +204,21 @@ def test_cohorts_that_end_are_left():
     assert [(leg.start, leg.stop, leg.sizes) for leg in legs] == [(0, 6, (1, 4, 4)), (6, 12, (1, 4, 0)), (12, 24, (1, 0, 0))]
     assert [leg.sizes for leg in Convoy(tuple(planned())).legs] == [(1, 4, 4)]  # where a program costs more than that, all stay to the end
     assert [p.steps for p in planned(EAGER)] == [24, 12, 6]
+
+
+def test_the_cohort_that_stays_may_have_shorter_rows_than_those_that_left():
+    """It then trains alone, by a program that pads nothing, on the held-out examples that the joint one had padded."""
+    long, short = (el.replace(el.replace(RUN, "task", task), "steps", steps) for task, steps in ((TASKS[0], 6), (TASKS[2], 12)))
+
+    def scores(rates: Rates, *runs: el.Run) -> dict[tuple, float]:
+        convoy = Convoy(tuple(form(plan(runs, MEMORY), rates, MEMORY)))
+        with Ahead([(convoy, leg) for leg in convoy.legs], jax.devices()[0], 0) as ahead:
+            tables = [event.columns for event in train_convoy(convoy, ahead) if isinstance(event, Rows) and event.table == "metrics"]
+        return {(r, s, n): x for t in tables for r, s, n, x in zip(t["run"], t["step"], t["split"], t["loss"], strict=True)}
+
+    together, alone = scores(EAGER, long, short), scores(GPU, long) | scores(GPU, short)
+    assert {split for _, _, split in together} == {"train", "validation", "test"}
+    assert together.keys() == alone.keys() and together == pytest.approx(alone, rel=1e-3)
 
 
 def test_who_trains_together():

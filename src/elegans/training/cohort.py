@@ -234,8 +234,9 @@ class Programs:
         return jax.tree.map(lambda a: np.asarray(a)[slots], self._rows)
 
     def hold(self, rows: HeldOut) -> None:
-        """Take the runs' held-out examples from another program, which need not be drawn then."""
-        self._rows = self.spread.place(rows)
+        """Take the runs' held-out examples from another program, whose rows may be longer; they need not be drawn then."""
+        positions = self.runs.task.positions
+        self._rows = self.spread.place(jax.tree.map(lambda a: a[..., :positions], rows))
 
     def compile(self) -> Any:
         """The training program. Raises `Invalid` where custom code branches on a leaf."""

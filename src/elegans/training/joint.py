@@ -121,9 +121,6 @@ class Joint(Programs):
             "chunk": jax.jit(self._chunk, donate_argnums=(1,)),
         }
 
-    def hold(self, rows: HeldOut) -> None:
-        super().hold(jax.tree.map(lambda a: a[..., : self._groups.longest], rows))
-
     # ---- states of each cohort's own, and of all
 
     def join(self, parts: Sequence[State]) -> State:
