@@ -1,11 +1,13 @@
 """Scaling: fits recover the laws that made the points, and what chooses is not what is reported."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 import synthetic
-from elegans import specs
+from elegans import At, Record, specs
 from elegans.files import write_json, write_table
 from elegans.instruments.scaling import Ended, Scaling, broken_power_law, by_budget, ended_runs, power_law
 
@@ -127,6 +129,18 @@ def test_runs_are_pooled_as_seeds_only_where_every_field_is_the_same(tmp_path) -
     ended, _ = ended_runs(store)
     (found,) = by_budget(ended).values()
     assert len({run.configuration for run in ended}) == 2 and [len(seeds) for seeds in found.values()] == [2] * 4
+
+
+def test_a_training_that_is_there_twice_with_other_records_is_one_seed(tmp_path) -> None:
+    """The one that kept weights counts: only its networks can be probed."""
+    base = dataclasses.replace(synthetic.small()[0], record=Record(weights=None))
+    kept = dataclasses.replace(base, record=Record(weights=At((1,))))
+    runs = [dataclasses.replace(run, seed=seed) for run in (base, kept) for seed in (0, 1)] + [dataclasses.replace(base, seed=2)]
+    store = synthetic.make(tmp_path, [*runs, synthetic.small()[-1]], tables=())  # the last one diverges
+    ends = [{"run": r.id, "split": s, "step": 1, "loss": 0.5, "exact_match": 0.5} for r in runs for s in ("validation", "test")]
+    write_table(store.cohorts()[0].path / "metrics.parquet", pa.Table.from_pylist(ends))
+    ended, _ = ended_runs(store)
+    assert {run.run for run in ended} == {runs[2].id, runs[3].id, runs[4].id}
 
 
 def test_a_break_at_the_edge_of_the_budgets_is_none() -> None:

@@ -20,7 +20,7 @@ from elegans.randomness import stable_hash
 from elegans.specs import field, identity, spec
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import LENGTHS, unseeded
+from elegans.training.run import LENGTHS, is_seed, unseeded
 
 FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
 from metrics group by run, split order by run, split"""  # the last scores that are not null
@@ -195,12 +195,16 @@ def bounds(found: Sequence[Bracket], confidence: float) -> tuple[float | None, f
 
 
 def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
-    """Finished runs with their last scores, and their tasks by name."""
+    """Finished runs with their last scores, and their tasks by name.
+
+    One of those that differ in nothing but what they record: they are one training, not two seeds. It is one that kept weights, if there
+    is such a one, since only these can be probed.
+    """
     scores: dict[str, dict[str, tuple[float, float]]] = {}
     for row in store.sql(FINAL).to_pylist() if store.has("metrics") else []:
         if row["loss"] is not None:
             scores.setdefault(row["run"], {})[row["split"]] = (row["loss"], row["exact_match"])
-    ended: list[Ended] = []
+    ended: dict[tuple[str, float, str, str], tuple[bool, Ended]] = {}  # by all that a training is; whether weights are missing
     tasks: dict[str, Task] = {}
     diverged = {run for cohort in store.cohorts() for run in cohort.status()["diverged"]}
     lost: set[tuple[str, float, str]] = set()  # configurations that diverged
@@ -217,8 +221,10 @@ def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
         elif {"validation", "test"} <= set(found):
             scored = (found["validation"][0], *found["test"])
             model = json.dumps(line["spec"]["model"], sort_keys=True)
-            ended.append(Ended(name, budget, _shown(fields), line["run"], *scored, model, every))
-    kept = [e for e in ended if (e.task, e.flops, e.fields) not in lost]
+            run = line["spec"]["record"].get("weights") is None, Ended(name, budget, _shown(fields), line["run"], *scored, model, every)
+            seeds = json.dumps({k: v for k, v in specs.flat(line["spec"]).items() if is_seed(k)}, sort_keys=True)
+            ended[name, budget, every, seeds] = min(run, ended.get((name, budget, every, seeds), run), key=lambda r: (r[0], r[1].run))
+    kept = [e for _, e in ended.values() if (e.task, e.flops, e.fields) not in lost]
     return kept, {name: task for name, task in tasks.items() if any(e.task == name for e in kept)}
 
 
