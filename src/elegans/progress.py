@@ -11,15 +11,15 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from elegans.training import train
-from elegans.training.convoy import Convoy
-from elegans.training.cost import flops_per_step
-from elegans.training.planner import CohortPlan
+from elegans.training.convoy import Convoy, gather
+from elegans.training.cost import rates_of
 
 LINE_SECONDS = 10.0  # between lines where there is no terminal
+UNSURE = 10.0  # seconds of work after which its speed says something of the rest
 
 
 class _Remaining(ProgressColumn):
-    """Remaining time by the measured speed; nothing before there is one."""
+    """Remaining time, where something is known of it."""
 
     def render(self, task: Task) -> Text:
         left = task.fields.get("left")
@@ -34,9 +34,10 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), _Remaining())
         self.bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
         self.task = self.bar.add_task("starting", total=1.0, detail="", left=None) if self.bar else None
-        self.total, self.done, self.seconds, self.measured = 0.0, 0.0, 0.0, 0.0
+        self.rates, self.total, self.waiting = rates_of("cpu"), 0.0, 0.0  # seconds as predicted: of all that trains, of what has not begun
+        self.began: float | None = None
         self.cohorts, self.cohort = 0, 0
-        self.steps = 0
+        self.convoy: Convoy | None = None
         self.printed = 0.0
         self.title = ""
 
@@ -54,7 +55,9 @@ class Display:
 
     def _on_plan(self, work: Any) -> None:
         waiting = [c.plan() for c in work.stored if not c.status()["finished"]] + work.new
-        self.total = sum(_cost(plan) for plan in waiting)
+        self.rates = rates_of(work.device.platform)
+        together = gather([plan.convoy for plan in waiting])
+        self.total = self.waiting = sum(Convoy(tuple(waiting[i] for i in members)).seconds(self.rates) for members in together)
         self.cohorts = len(waiting)
         training = sum(len(plan.runs) for plan in waiting)
         skipped = len(work.runs) - training
@@ -65,51 +68,55 @@ class Display:
         convoy, step = detail
         left = [plan for plan in convoy.plans if plan.steps > step]
         first, self.cohort = self.cohort + 1, self.cohort + len(left)
-        self.steps = convoy.steps
-        self.total -= sum(_cost(plan, upto=step) for plan in left)
+        self.began, self.convoy = self.began or time.monotonic(), convoy
+        whole = convoy.seconds(self.rates)
+        self.waiting = max(0.0, self.waiting - whole)
+        self.total -= whole - convoy.seconds(self.rates, step)
         which = f"cohort {first}" if len(left) == 1 else f"cohorts {first} to {self.cohort}"
         self.title = f"{which}/{self.cohorts}, {sum(len(plan.runs) for plan in left)} runs"
         if step:
-            self.console.print(f"{self.title}: resuming at step {step:,} of {self.steps:,}", highlight=False)
+            self.console.print(f"{self.title}: resuming at step {step:,} of {convoy.steps:,}", highlight=False)
 
     def _on_event(self, event: train.Event) -> None:
         if isinstance(event, train.Compiling):
-            self._show(f"{self.title}: compiling for {event.size} replicas", "", None, force=True)
-        elif isinstance(event, train.Progress):
-            self.done, self.seconds, self.measured = self.done + event.flops, self.seconds + event.seconds, self.measured + event.flops
-            left = (self.total - self.done) * self.seconds / self.measured
+            self._show(f"{self.title}: compiling for {event.size} replicas", "", force=True)
+        elif isinstance(event, train.Progress) and self.convoy:
             speed = event.steps * event.size / max(event.seconds, 1e-9)
             loss = "" if event.loss is None else f", median loss {event.loss:.3f}"
-            self._show(f"{self.title}: training", f"step {event.step:,}/{self.steps:,}{loss}, {speed:,.0f} replica-steps/s", left)
+            detail = f"step {event.step:,}/{self.convoy.steps:,}{loss}, {speed:,.0f} replica-steps/s"
+            self._show(f"{self.title}: training", detail, rest=self._rest(self.convoy, event.step))
+
+    def _rest(self, convoy: Convoy, step: int) -> float:
+        """Predicted seconds of what is left when a convoy has come so far; the program that it trains by is compiled."""
+        compiled = self.rates.compiling if step < convoy.steps else 0.0
+        return self.waiting + convoy.seconds(self.rates, step) - compiled
 
     def _on_note(self, detail: str) -> None:
         self.console.print(detail, highlight=False, markup=False, soft_wrap=True)
 
     def _on_measure(self, detail: tuple[str, str]) -> None:
         self.title = f"measuring {detail[0]} of {detail[1]}"
-        self._show(self.title, "", None, force=True)
+        self._show(self.title, "", force=True)
 
     def _on_measured(self, detail: tuple[int, int]) -> None:
-        self._show(self.title, f"{detail[0]} of {detail[1]} networks", None)
+        self._show(self.title, f"{detail[0]} of {detail[1]} networks")
 
     def _on_report(self, detail: Any) -> None:
         del detail
-        self._show("writing the report", "", None, force=True)
+        self._show("writing the report", "", force=True)
 
-    def _show(self, what: str, detail: str, left: float | None, force: bool = False) -> None:
-        share = self.done / self.total if self.total else 1.0
+    def _show(self, what: str, detail: str, rest: float | None = None, force: bool = False) -> None:
+        """`rest`: predicted seconds that are left. They are shown as the time that so many took, compiling and measuring included."""
+        took, done = time.monotonic() - (self.began or time.monotonic()), self.total - (rest or 0.0)
+        left = None if rest is None or took < UNSURE or done <= 0 else rest * took / done
         if self.bar and self.task is not None:
-            self.bar.update(self.task, description=what, completed=share, detail=detail, left=left)
+            self.bar.update(self.task, description=what, detail=detail, left=left)
+            if rest is not None:
+                self.bar.update(self.task, completed=done / self.total)
         elif force or time.monotonic() - self.printed > LINE_SECONDS:
             self.printed = time.monotonic()
-            rest = f", {_clock(left)} left" if left is not None else ""
-            print(f"{what} {detail}{rest}".strip(), file=sys.stderr, flush=True)
-
-
-def _cost(plan: CohortPlan, upto: int | None = None) -> float:
-    """Training FLOPs of a cohort's program, idle replicas included: up to a step, or in all."""
-    end = plan.steps if upto is None else upto
-    return sum(max(0, min(s.stop, end) - s.start) * s.size for s in plan.segments) * flops_per_step(plan.runs[0])
+            shown = f", {_clock(left)} left" if left is not None else ""
+            print(f"{what} {detail}{shown}".strip(), file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

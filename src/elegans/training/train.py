@@ -12,7 +12,7 @@ import numpy as np
 from elegans.training.ahead import Ahead
 from elegans.training.cohort import CHUNK, Programs
 from elegans.training.convoy import Convoy
-from elegans.training.cost import Leg, flops_per_step
+from elegans.training.cost import Leg
 from elegans.training.run import Run, When
 from elegans.training.step import State
 
@@ -75,7 +75,6 @@ class Progress:
     size: int
     seconds: float
     steps: int
-    flops: float  # of training, replicas that have ended included
     loss: float | None  # median over live replicas
 
 
@@ -151,7 +150,6 @@ class _Leg:
         self.homes = np.repeat(self.members, [leg.sizes[i] for i in self.members])
         self.lengths = np.array([run.length for run in self.runs])
         self.checkpoint_every = convoy.plans[0].checkpoint_every
-        self.flops = sum(leg.sizes[i] * flops_per_step(convoy.plans[i].runs[0]) for i in self.members)
         record = self.runs[0].record
         self.record = record
         self.train_marks = _Schedule(self.runs, record.train, shift_last=1)
@@ -183,7 +181,7 @@ class _Leg:
         self.chunk = max(1, min(CHUNK, 2 * self.chunk, int(CHUNK_SECONDS / max(seconds / n, 1e-9))))
         yield from self._train_rows(np.arange(step, step + n), metrics)
         last = metrics["loss"][-1]
-        yield Progress(step + n, len(self.runs), seconds, n, n * self.flops, float(np.nanmedian(last)) if np.isfinite(last).any() else None)
+        yield Progress(step + n, len(self.runs), seconds, n, float(np.nanmedian(last)) if np.isfinite(last).any() else None)
         return states, step + n
 
     def _train_rows(self, steps: np.ndarray, metrics: dict[str, np.ndarray]) -> Iterator[Rows]:
