@@ -1,11 +1,13 @@
 """Specs: the identity of a run, its way to data and back, sweeps, and one-line errors."""
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
 import sys
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -250,6 +252,19 @@ def test_a_sweep_may_come_from_numpy() -> None:
         replace(RUN, "optim.lr", np.float64(-1.0))
     with pytest.raises(Invalid, match=r"^batch: "):
         replace(RUN, "batch", np.int64(0))
+
+
+@pytest.mark.parametrize("axes", [None, 3, "seed", [("seed", [0])]])
+def test_a_sweep_is_a_mapping(axes) -> None:
+    with pytest.raises(Invalid, match=r"^axes: "):
+        inspect.unwrap(grid)(RUN, axes)  # without the types that tests check
+
+
+@pytest.mark.parametrize("kind", [Callable[[float], float], dict[str, float], list[int], tuple[int, int], Any, np.ndarray], ids=str)
+def test_a_field_that_no_store_can_hold_is_refused_where_it_is_declared(kind) -> None:
+    made = type("Weird", (Optimizer,), {"__annotations__": {"lr": float, "own": kind | None}, "lr": 1e-3, "own": None})
+    with pytest.raises(Invalid, match=r"^Weird\.own: .*allowed: int, float"):
+        spec(made)
 
 
 def test_replace_changes_one_field_and_nothing_else() -> None:

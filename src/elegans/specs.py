@@ -89,11 +89,8 @@ class FieldInfo:
     @property
     def base(self) -> type[Spec] | None:
         """The spec class that this field holds (directly or in a tuple), if it holds one."""
-        for t in self.types:
-            inner = typing.get_args(t)[0] if typing.get_origin(t) is tuple else t
-            if isinstance(inner, type) and issubclass(inner, Spec):
-                return inner
-        return None
+        inner = [typing.get_args(t)[0] if typing.get_origin(t) is tuple else t for t in self.types]
+        return next((t for t in inner if isinstance(t, type) and issubclass(t, Spec)), None)
 
     @property
     def allowed(self) -> str:
@@ -113,6 +110,13 @@ def _type_words(t: Any) -> str:
     return {int: "a whole number", float: "a finite number", str: "a word", bool: "true or false"}.get(t, str(t))
 
 
+def _storable(t: Any) -> bool:
+    """Whether JSON can say a type's values: numbers, words, choices of them, specs, and tuples of these."""
+    if typing.get_origin(t) is tuple:
+        return typing.get_args(t)[1:] == (...,) and _storable(typing.get_args(t)[0])
+    return typing.get_origin(t) is Literal or (isinstance(t, type) and issubclass(t, (int, float, str, Spec)))
+
+
 def _info(cls: type) -> dict[str, FieldInfo]:
     hints = typing.get_type_hints(cls, localns={cls.__name__: cls})  # a run may hold another
     infos = {}
@@ -121,6 +125,9 @@ def _info(cls: type) -> dict[str, FieldInfo]:
         union = typing.get_origin(hint) in (Union, types.UnionType)
         options = typing.get_args(hint) if union else (hint,)
         kept = tuple(t for t in options if t is not type(None))
+        if not all(map(_storable, kept)):
+            allowed = "allowed: int, float, bool, str, Literal, a spec, tuple[..., ...] of one of these, or any of them | None"
+            raise Invalid(f"{cls.__name__}.{f.name}", getattr(hint, "__name__", str(hint)), allowed)
         asked = f.metadata.get("role", "auto")
         info = FieldInfo(f.name, kept, len(kept) < len(options), asked, f.metadata.get("bounds", {}), f.metadata.get("doc", ""), f.default)
         if asked == "auto":
@@ -168,17 +175,15 @@ def spec(cls: type[T]) -> type[T]:
     frozen.__repr__ = lambda self: f"{type(self).__name__}({', '.join(_changed(self))})"
     inner = [i.name for i in frozen.infos.values() if i.role in ("leaf", "spec")]
     outer = [i.name for i in frozen.infos.values() if i.role == "structure"]
+    notes = [(i.name, None) for i in frozen.infos.values() if i.role == "note"]
 
     def flatten(self: Any) -> tuple[tuple, tuple]:
         return tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in inner), tuple(getattr(self, n) for n in outer)
 
     def unflatten(aux: tuple, children: Iterable) -> Any:
         self = object.__new__(frozen)  # no validation: leaves may be tracers or placeholders here
-        for n, v in itertools.chain(zip(outer, aux, strict=True), zip(inner, children, strict=True)):
+        for n, v in itertools.chain(zip(outer, aux, strict=True), zip(inner, children, strict=True), notes):
             object.__setattr__(self, n, v)
-        for info in frozen.infos.values():
-            if info.role == "note":
-                object.__setattr__(self, info.name, None)
         return self
 
     jax.tree_util.register_pytree_with_keys(frozen, flatten, unflatten)
@@ -258,8 +263,7 @@ def is_abstract(cls: type[Spec]) -> bool:
 
 def find_kind(base: type[Spec], kind: Any) -> type[Spec]:
     """The class that `kind` names among those that can stand for `base`; the newest definition of a file wins."""
-    named = _KINDS.get(kind, []) if isinstance(kind, str) else []
-    found = [c for c in named if issubclass(c, base) and not is_abstract(c)]
+    found = [c for c in (_KINDS.get(kind, []) if isinstance(kind, str) else []) if issubclass(c, base) and not is_abstract(c)]
     homes = {(c.__module__, c.__qualname__) for c in found}
     if not found:
         raise Invalid("kind", kind, f"allowed: {', '.join(kinds(base))} (custom ones: name their file with --with)")
@@ -293,10 +297,7 @@ def flat(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(base: type[T], data: Any, path: str = "") -> T:
-    """Build a spec from plain data: a mapping with an optional `kind`, or just the name of a kind.
-
-    Raises `Invalid` with the dotted path of the offending field.
-    """
+    """A spec from a mapping with an optional `kind`, or just the name of a kind. Raises `Invalid` with the dotted path of what offends."""
     try:
         return _from_dict(base, data)
     except Invalid as error:
@@ -357,10 +358,7 @@ def get(value: Any, path: str) -> Any:
 
 
 def replace(value: T, path: str, new: Any) -> T:
-    """A copy of a spec with the field at a dotted path changed; `new` may be plain data or the name of a kind.
-
-    Naming a kind alone keeps nothing of the old spec: its fields are another class's.
-    """
+    """A copy with the field at a dotted path changed, to plain data too. The name of a kind alone keeps nothing of the spec before."""
     return replace_all(value, {path: new})
 
 
@@ -389,12 +387,14 @@ def replace_all(value: T, changes: Mapping[str, Any]) -> T:
 
 def grid(run: T, axes: Mapping[str, Any]) -> list[T]:
     """Every combination of the axes' values, the last axis fastest; + joins fields: `{"optim.lr": [...], "seed+after.seed": range(4)}`."""
+    if not isinstance(axes, Mapping):
+        raise Invalid("axes", axes, "allowed: a mapping of dotted fields to lists of values")
+    values: dict[str, list[Any]] = {}
     for path, options in axes.items():
         if isinstance(options, Mapping) or not isinstance(options, Iterable):
             raise Invalid(path, options, "an axis is a list of values")
-    values = {path: [options] if isinstance(options, str) else list(options) for path, options in axes.items()}
-    for path, options in values.items():
-        if not options:
+        values[path] = [options] if isinstance(options, str) else list(options)
+        if not values[path]:
             raise Invalid(path, [], "an empty sweep makes no runs; give at least one value")
     choices = itertools.product(*values.values())
     return [replace_all(run, {path: v for paths, v in zip(values, choice, strict=True) for path in paths.split("+")}) for choice in choices]
