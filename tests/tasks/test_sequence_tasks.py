@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import chi2
 
 from elegans import ActivitySelection, LongestCommonSubsequence, MaximumSubarray, Sorting, Task, check_task
-from elegans.tasks import counting
+from elegans.tasks import counting, subsequence
 from elegans.tasks.sequences import shuffled_multiset
 from elegans.types import Example
 
@@ -208,6 +208,12 @@ def test_ranks_and_repeats_of_sorted_numbers() -> None:
     assert (truth["rank"].values[:200] == ranks).all() and (truth["rank"].positions == np.arange(16)).all()
     assert (truth["repeat"].values == (ordered[:, 1:] == ordered[:, :-1])).all()
     assert (truth["repeat"].positions == np.arange(17, 32)).all()
+
+
+def test_a_running_maximum_is_one_however_long_the_row() -> None:
+    for size in (1, 7, subsequence.FEW, subsequence.FEW + 1, 200):
+        counts = np.random.default_rng(size).integers(0, 50, size)
+        assert np.array_equal(subsequence.running_maximum(jnp.asarray(counts)), np.maximum.accumulate(counts))
 
 
 @pytest.mark.parametrize("task", [LARGE[3], SMALL[3], LongestCommonSubsequence(length=18)], ids=repr)

@@ -13,6 +13,7 @@ from elegans.tasks.sequences import SequenceTask, answered, sequence_content, se
 from elegans.types import Example, Truth
 
 LARGEST = 9  # numbers are 1 .. 9
+FEW = 64  # numbers of which all pairs are compared
 UNROLL = 16  # rows of the table written out in the program; a GPU starts a loop's every step anew
 
 
@@ -62,15 +63,19 @@ class LongestCommonSubsequence(SequenceTask):
 def lengths(equal: Bool[Array, "x y"]) -> Int[Array, "x1 y1"]:
     """The table [i, j]: length of the longest common subsequence of the first i numbers of x and the first j of y."""
 
-    upto = jnp.tri(equal.shape[1] + 1, dtype=bool)
-
     def row(above: Array, same: Array) -> tuple[Array, Array]:
-        ended = jnp.append(0, jnp.maximum(above[1:], above[:-1] + same))  # that ends at y_j, or is found without x_i
-        row = jnp.where(upto, ended, 0).max(1)  # a running maximum, in one kernel
+        row = running_maximum(jnp.append(0, jnp.maximum(above[1:], above[:-1] + same)))  # what ends at y_j, or is found without x_i
         return row, row
 
     first = jnp.zeros(equal.shape[1] + 1, jnp.int32)
     return jnp.concatenate([first[None], jax.lax.scan(row, first, equal, unroll=min(UNROLL, len(equal)))[1]])
+
+
+def running_maximum(counts: Int[Array, " y"]) -> Int[Array, " y"]:
+    """Of numbers from 0 on: in one kernel where they are few, which a GPU prefers to fewer operations."""
+    if len(counts) > FEW:
+        return jax.lax.cummax(counts)
+    return jnp.where(jnp.tri(len(counts), dtype=bool), counts, 0).max(1)
 
 
 def walk(equal: Bool[Array, "x y"], table: Int[Array, "x1 y1"]) -> Int[Array, " x"]:
