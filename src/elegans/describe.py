@@ -191,7 +191,7 @@ def _plan_row(name: str, plan: CohortPlan, step: int, took: float) -> dict[str, 
 
 
 def run_rows(store: Store) -> pa.Table:
-    """A row per run: state, length, the fields that differ, last validation and test scores."""
+    """A row per run: state, the step of its last row of metrics, length, the fields that differ, last validation and test scores."""
     runs = store.runs()
     if not runs.num_rows:
         return runs
@@ -199,12 +199,13 @@ def run_rows(store: Store) -> pa.Table:
     differ = differing(runs.drop_columns(heads).to_pylist())
     if not store.has("metrics"):
         return runs.select(["run", "label", "state", "length", *differ])
-    picked = [f'r."{name}"' for name in ("run", "label", "state", "diverged_at", "length", *differ)]
+    picked = ["r.run", "r.label", "r.state", "r.diverged_at", "now.step", *(f'r."{name}"' for name in ("length", *differ))]
     picked += [
         f"{part}.{of} as {part}_{name}" for part in ("validation", "test") for of, name in (("loss", "loss"), ("exact_match", "exact"))
     ]
+    now = "left join (select run, max(step) as step from metrics group by run) now on now.run = r.run"
     joined = " ".join(f"left join last {part} on {part}.run = r.run and {part}.split = '{part}'" for part in ("validation", "test"))
-    return store.sql(f"with last as ({FINAL}) select {', '.join(picked)} from runs r {joined} order by r.label, r.run")
+    return store.sql(f"with last as ({FINAL}) select {', '.join(picked)} from runs r {now} {joined} order by r.label, r.run")
 
 
 def run_summary(folder: Path, page: Path) -> pa.Table:

@@ -204,7 +204,9 @@ def test_what_is_recorded_tells_no_runs_apart(tmp_path) -> None:
     runs = catalogue(store, opened)
     opened.close()
     assert runs.differing == ["optim.lr"]
+    steps = {r["run"]: r["step"] for r in store.sql("select run, max(step) as step from metrics group by run").to_pylist()}
     for row in shown.to_pylist():  # the last scores of the table are those of the figures
+        assert row["step"] == steps[row["run"]] <= row["length"]
         facts = runs.facts[row["run"]]
         if row["state"] == "finished":
             assert (row["validation_loss"], row["test_exact"]) == (facts.loss, facts.test_exact_match)
