@@ -5,7 +5,7 @@ import pyarrow.csv
 import pytest
 
 import synthetic
-from elegans.figures import Tables, ablation_figure, features_figure, scaled, scaling, scaling_figure
+from elegans.figures import Tables, ablation_figure, features_figure, quiet, scaled, scaling, scaling_figure
 from elegans.figures.quiet import beside
 from elegans.instruments import AcrossCompute, Scaling, Transition, measure
 from elegans.studies.quiet_features import LOUD, PUBLISHED, QUIET, TASKS, draw
@@ -115,3 +115,13 @@ def test_the_study_draws_every_figure_and_the_ablation_table(within, tmp_path) -
     rows = pyarrow.csv.read_csv(tmp_path / "ablation.csv").to_pylist()
     assert {(r["feature"], r["runs"], r["verdict"]) for r in rows} == {(f, 8, "the network uses it") for f in ("carry", "first_operand")}
     assert (tmp_path / "ablation.md").read_text().count("the network uses it") == 2
+
+
+def test_tasks_of_which_a_store_has_no_run_have_no_panel(within, tmp_path, monkeypatch) -> None:
+    """Loud features are all of other tasks: their figure says that nothing was measured."""
+    drawn = {}
+    monkeypatch.setattr(quiet, "save", lambda figure, path: drawn.setdefault(path.name, figure) and [])
+    draw(within, tmp_path)
+    titles = {name: [axes.get_title().split(":")[0] for axes in figure.axes if axes.get_title()] for name, figure in drawn.items()}
+    assert titles["scaling"] == ["addition"] and titles["quiet"] == ["addition"] * 2
+    assert len(titles["loud"]) == len(LOUD) and all(texts(axes) == [NOTHING] for axes in drawn["loud"].axes)

@@ -22,6 +22,7 @@ from elegans.files import write_text
 from elegans.store import Store
 
 PANEL = 2.2, 1.75  # inches
+LEGEND = 1.5  # panels that a figure is wide at least, for its legend
 PUBLISHED_COLOUR = style.NAMED[4]
 Interval = tuple[float | None, float | None]
 
@@ -62,13 +63,17 @@ def save_quiet_figures(
 ) -> list[Path]:
     """Draw scaling, quiet, loud and ablation into a folder, as PNG and PDF, and the ablation table as CSV and Markdown; return the files.
 
-    `published` maps tasks to the FLOPs of the transition that others found. What was not measured says so in its panel.
+    `published` maps tasks to the FLOPs of the transition that others found. Tasks of which the store has no run have no panel, unless it
+    has none of any; what was not measured of the others says so in its panel.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tables = Tables(store)
     try:
         with matplotlib.rc_context(LOOK):
+            here = {row["task"] for row in tables.ask("select distinct task from runs").to_pylist()}
+            tasks = [task for task in tasks if task in here] or tasks
+            quiet, loud = ([feature for feature in features if feature[0] in here] or features for features in (quiet, loud))
             runs = catalogue(store, tables)
             effects = within(tables.ask(queries.ablation()), runs) if "ablate" in tables.names else []
             drawn = {"scaling": scaling_figure(tables, tasks, published)}
@@ -141,6 +146,7 @@ def _line(rows: dict[str, np.ndarray], here: np.ndarray) -> Line:
 def scaling_figure(tables: Tables, tasks: Sequence[str], published: Mapping[str, Interval], across: int = 5) -> Figure:
     """Test loss and exact match of the best configuration at every budget, a panel for each task; the published transition shaded."""
     found = {s.task: s for s in grid_of(tables)}
+    across = min(across, len(tasks))
     figure, panels = _grid(len(tasks), across)
     ends = [x for task in tasks for x in (*published.get(task, ()), *(found[task].flops if task in found else ())) if x is not None]
     for axes, task in zip(panels, tasks, strict=True):
@@ -174,6 +180,7 @@ def _scaling_panel(axes: Axes, task: Scaled | None) -> None:
 
 def features_figure(tables: Tables, features: Sequence[tuple[str, str]], across: int) -> Figure:
     """The score of each feature's probe beside its task's loss, both with their change marked, and the verdict."""
+    across = min(across, len(features))
     figure, panels = _grid(len(features), across)
     for axes, (task, feature) in zip(panels, features, strict=True):
         found = beside(tables, task, feature)
@@ -275,7 +282,7 @@ def _right(axes: Axes, limits: tuple[float, float], label: str, colour: str) -> 
 
 def _grid(count: int, across: int) -> tuple[Figure, list[Axes]]:
     lines = -(-count // across)
-    figure = Figure(figsize=(PANEL[0] * across, PANEL[1] * lines + 0.35), layout="constrained")
+    figure = Figure(figsize=(PANEL[0] * max(across, LEGEND), PANEL[1] * lines + 0.35), layout="constrained")
     panels = list(figure.subplots(lines, across, squeeze=False).flat)
     for axes in panels[count:]:
         axes.set_visible(False)
@@ -291,5 +298,5 @@ def _finish(
         for name, colour, look, width in lines
     ]
     handles += [matplotlib.patches.Patch(color=colour, alpha=alpha, linewidth=0, label=name) for name, colour, alpha in spans]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) if across > 3 else 3, fontsize=6.5, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) if across > 3 else across, fontsize=6.5, frameon=False)
     return figure
