@@ -1,5 +1,6 @@
 """The report is one file that needs no network, says what the rows say, and says where they say nothing."""
 
+import dataclasses
 import json
 import re
 import time
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import synthetic
-from elegans import report
+from elegans import Addition, Sorting, report
 from elegans.figures import Catalogue, Lead
 from elegans.figures.scaling import Scaled, scaling
 from elegans.figures.style import precise
@@ -348,3 +349,21 @@ def test_a_thousand_runs_stay_usable(tmp_path):
 
 def test_a_small_loss_is_not_shown_as_zero():
     assert [precise(v) for v in (0.0, 0.5671, 0.00012, 0.001)] == ["0", "0.5671", "1.2e-04", "0.0010"]
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (Addition(length=3), "addition has 2 to validate on and 2 to test on"),
+        (Sorting(length=2), "sorting has"),
+        (Addition(length=8), ""),  # 3,277 of each
+        (Addition(), ""),
+    ],
+)
+def test_the_report_says_where_few_contents_are_held_out(task, said, tmp_path) -> None:
+    """As many rows as are asked for are drawn of them, so that nothing else tells."""
+    sentence = words.few_held_out([task, task])
+    assert sentence.count(said or "addition") == bool(said) and bool(sentence) == bool(said)
+    store = synthetic.make(tmp_path, [dataclasses.replace(run, task=task) for run in synthetic.small()], tables=("metrics",))
+    page = own(report.write(store).read_text(encoding="utf-8"))
+    assert sentence in page and ("Few contents" in page) == bool(said)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,8 @@ from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
+from elegans import specs
+from elegans.errors import Invalid
 from elegans.figures import queries, style
 from elegans.figures.catalogue import Catalogue, Tables, catalogue
 from elegans.figures.contrasts import Pair, contrasts_of
@@ -26,6 +30,7 @@ from elegans.report import panels, words
 from elegans.report.panels import Panel
 from elegans.report.runs import diverged_table, provenance, runs_table
 from elegans.store import Store
+from elegans.tasks import Task
 
 __all__ = ["write"]
 
@@ -106,7 +111,17 @@ def _study(store: Store, runs: Catalogue, answer: list[str], judged: bool) -> di
         "written": study.get("answer") or "",
         "computed": computed,
         "learned": words.learned_sentence(runs) if runs.facts and judged else "",
+        "few": words.few_held_out(_tasks(store)),
     }
+
+
+def _tasks(store: Store) -> list[Task]:
+    """The tasks of a store's runs, but for those of a user's own whose file is not loaded here."""
+    found = []
+    for data in {json.dumps(line["spec"]["task"], sort_keys=True): line["spec"]["task"] for line in store.lines()}.values():
+        with contextlib.suppress(Invalid):
+            found.append(specs.from_dict(Task, data))
+    return found
 
 
 def _citations(tables: Tables, sections: list[Section]) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from elegans.figures import style
 from elegans.figures.catalogue import LEARNED, Catalogue, Facts
@@ -11,8 +11,10 @@ from elegans.figures.contrasts import Pair, shift_text
 from elegans.figures.effects import Lead, plural
 from elegans.figures.scaling import Scaled
 from elegans.figures.within import Against, Effect
+from elegans.tasks import Task
 
 MOST_GROUPS = 6  # named in a sentence
+FEW_CONTENTS = 50  # held-out contents, below which scores and probes rest on a handful of prompts
 VERDICTS = {
     "leads": "the feature leads",
     "lags": "the feature lags behind",
@@ -49,6 +51,19 @@ def learned_sentence(runs: Catalogue) -> str:
     if not runs.told:
         return "Whether runs learned is not known: no validation loss or exact match was measured."
     return f"{len(runs.learned):,} of {plural(runs.told, 'run')} learned: {LEARNED}."
+
+
+def few_held_out(tasks: Iterable[Task]) -> str:
+    """That little is left to validate and test on, of tasks of few contents; else nothing."""
+    said = []
+    for task in tasks:
+        if task.contents is None:  # too many to be counted
+            continue
+        sizes = {part: sum(row[part] for row in task.part_sizes()) for part in ("validation", "test")}
+        if 0 < min(sizes.values()) < FEW_CONTENTS:
+            said.append(f"{task.kind} has {sizes['validation']} to validate on and {sizes['test']} to test on")
+    rest = "held-out scores and probes rest on so few distinct prompts, whatever number of rows they count"
+    return f"Few contents are held out: {'; '.join(dict.fromkeys(said))}; {rest}." if said else ""
 
 
 def the(feature: str) -> str:
