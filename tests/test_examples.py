@@ -91,6 +91,8 @@ def test_new_figure(tmp_path):
 def test_yaml_and_look_inside(tmp_path, capsys):
     rows = run("sweep.yaml", tmp_path / "store", "seed=0", "model.d_model=16", "model.layers=2")
     assert {row["label"] for row in rows} == {"d=16 lr=0.001 seed=0", "d=16 lr=0.003 seed=0"}
+    drawn = elegans("draw", tmp_path / "store")  # what any store has: the study has no figures of its own
+    assert str(tmp_path / "store" / "figures" / "loss.png") in drawn.out.split(), drawn.err
     with mock.patch.object(sys, "argv", ["look_inside.py", str(tmp_path / "store")]):
         runpy.run_path(str(EXAMPLES / "look_inside.py"))
     assert "without attention 1" in capsys.readouterr().out

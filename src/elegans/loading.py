@@ -58,14 +58,18 @@ def _part(module: Any, name: str, part: str, small: bool) -> Study:
 def study_of(store: Store, name: str | None = None) -> Study:
     """The study that a store says it is from, or the one that is named, as for `load_study`; NAME_small is its small version.
 
-    Raises `Invalid`, or `StoreError` where the store's is none that ships.
+    One of a user's own without figures of its own is no more than a name here, since nothing in a store says where its file is.
+    Raises `Invalid`, or `StoreError` where the store's has figures and does not ship.
     """
     noted = store.path / "study.json"
     if name is None and not noted.exists():
         raise StoreError(f"{store.path}: no study ended here; say which to draw with --study")
-    said = str(read_json(noted, "name")["name"]) if name is None else name
+    found = {"name": name} if name is not None else read_json(noted, "name")
+    said = str(found["name"])
     if name is None and said.removesuffix("_small").partition(".")[0] not in studies.names():
-        raise StoreError(f"{store.path}: its study {said!r} is none that ships; give its file with --study")
+        if found.get("own_figures", True):  # stores of before do not say
+            raise StoreError(f"{store.path}: its study {said!r} is none that ships; give its file with --study")
+        return Study([], name=said)
     return load_study(said.removesuffix("_small"), said.endswith("_small"))
 
 

@@ -127,7 +127,7 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
     def conclude(store: Store) -> None:
         noted = store.path / "study.json"
         before = read_json(noted) if noted.exists() else {}  # an answer written by hand stays
-        write_json(noted, before | {"name": study.name, "question": study.question})
+        write_json(noted, before | {"name": study.name, "question": study.question, "own_figures": study.figures is not None})
         look()  # what an earlier call had no time for
         for other in study.instruments:
             if other not in networks:

@@ -223,6 +223,8 @@ def test_a_store_in_which_no_study_ended_or_none_that_ships_asks_for_one(tmp_pat
     (store.path / "study.json").write_text(json.dumps({"name": "mine"}))
     with pytest.raises(StoreError, match="'mine' is none that ships; give its file with --study"):
         study_of(store)
+    (store.path / "study.json").write_text(json.dumps({"name": "mine", "own_figures": False}))
+    assert study_of(store) == Study([], name="mine")
 
 
 def test_speed_ups_are_of_seeds_that_get_there_both_ways_and_bounded_by_the_recordings() -> None:
