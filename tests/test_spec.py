@@ -1,6 +1,7 @@
 """Specs: the identity of a run, its way to data and back, sweeps, and one-line errors."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -41,6 +42,7 @@ from elegans import (
     identity,
     replace,
     spec,
+    specs,
 )
 from elegans.specs import flat, from_dict, get, to_dict
 from elegans.training.run import fill
@@ -300,6 +302,11 @@ class Undecorated(Attention):
     pass
 
 
+def overriding(base, **body):
+    """A subclass with these in its body."""
+    return spec(type("O", (base,), body))
+
+
 BROKEN = {
     "unknown field": (lambda: from_dict(Run, {**DATA, "bach": 4}), "bach", "4", "batch"),
     "unknown nested field": (lambda: from_dict(Run, {**DATA, "optim": {"kind": "adamw", "rl": 1}}), "optim.rl", "1", "weight_decay"),
@@ -324,6 +331,26 @@ BROKEN = {
     "too small for float32": (lambda: replace(RUN, "optim.lr", 1e-50), "optim.lr", "1e-50", "float32"),
     "an array out of bounds": (lambda: replace(RUN, "optim.lr", np.array(-1.0)), "optim.lr", "-1.0", ">"),
     "a field that hides a method": (lambda: spec(SHADOWING), "Shadowing.logits", "field", "method of its base"),
+    "a method that lacks an argument": (
+        lambda: overriding(Task, sample=lambda self, key: key),
+        "O.sample",
+        "(self, key)",
+        "data), as in Task",
+    ),
+    "a method that wants one more": (lambda: overriding(Cosine, shape=lambda self, t, u: t), "O.shape", "u)", "allowed: (self, t), as in"),
+    "a method without what is given by name": (
+        lambda: overriding(Transformer, apply=lambda self, params, tokens, key=None: params),
+        "O.apply",
+        "(self, params, tokens, key)",
+        "(self, params, tokens, *, edit, key, upto)",
+    ),
+    "a method for a property": (
+        lambda: overriding(Task, symbols=lambda self: ("a", "b")),
+        "O.symbols",
+        "a method",
+        "a property, as in Task",
+    ),
+    "a property for a method": (lambda: overriding(Task, floor=property(lambda self: 0.0)), "O.floor", "a property", "(self), as in Task"),
     "too large a seed": (lambda: replace(RUN, "seed", 2**31), "seed", "2147483648", "<"),
     "bool for a whole number": (lambda: replace(RUN, "batch", True), "batch", "True", "a whole number"),
     "bool for a float": (lambda: replace(RUN, "optim.lr", True), "optim.lr", "True", "a finite number"),
@@ -375,6 +402,18 @@ def test_bad_input_gets_one_line_with_the_field_the_value_and_what_is_allowed(ca
     assert line.startswith(f"{name}: ")
     said = line.removeprefix(f"{name}: ")
     assert value in said and allowed in said
+
+
+def test_a_method_may_take_more_than_its_base_s_under_names_of_its_own() -> None:
+    """And a property may be cached, or a plain value."""
+    before = {kind: list(classes) for kind, classes in specs._KINDS.items()}
+    try:
+        overriding(Task, sample=lambda self, *rest: rest, symbols=("a", "b"), positions=functools.cached_property(lambda self: 3))
+        overriding(Cosine, shape=lambda self, share, power=2: share**power, helper=lambda self: None, __call__=lambda self: None)
+        overriding(Transformer, apply=lambda self, params, tokens, **rest: params)
+    finally:
+        specs._KINDS.clear()
+        specs._KINDS.update(before)
 
 
 def test_errors_are_value_errors() -> None:

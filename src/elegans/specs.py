@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -30,6 +29,7 @@ from typing import Any, Literal, TypeVar, Union, dataclass_transform
 import jax
 import numpy as np
 
+from elegans.classes import check_names
 from elegans.errors import Invalid
 
 T = TypeVar("T")
@@ -165,9 +165,7 @@ class Spec:
 @dataclass_transform(frozen_default=True, field_specifiers=(field, varies, structure, note))
 def spec(cls: type[T]) -> type[T]:
     """Make a class a spec: a frozen dataclass, a pytree, and a `kind` that YAML and stores can name."""
-    for name in inspect.get_annotations(cls):
-        if any(callable(base.__dict__.get(name)) or isinstance(base.__dict__.get(name), property) for base in cls.__mro__[1:]):
-            raise Invalid(f"{cls.__name__}.{name}", "a field", f"allowed: another name; {name} is a method of its base")
+    check_names(cls)
     frozen: Any = dataclasses.dataclass(frozen=True, repr=False)(cls)
     frozen.infos = _info(frozen)
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
