@@ -147,8 +147,8 @@ class Typed(el.AdamW):
     more: float = el.varies({default})
     @property
     def doubled(self): return HOOKS[1]["twice"](self.lr)
-    def update(self, grads, params, state, progress):
-        return helper(super().update(grads, params, state, progress))
+    def update(self, grads, state, params, step, steps):
+        return helper(super().update(grads, state, params, step, steps))
 def helper(x):
     return x, STEP, {{"a", "b", "c"}}
 print(code_of(el.Run(el.Addition(length=3), el.Transformer(layers=1, d_model=8, heads=2), steps=1, optim=Typed()))["classes"]["Typed"])
