@@ -349,6 +349,14 @@ def test_a_plan_says_where_its_bytes_are_bounds(tmp_path):
         assert answer.status == 0 and ("bytes are bounds" in answer.err) == bounds
 
 
+def test_a_plan_says_that_its_seconds_are_without_instruments(tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    (tmp_path / "measured.yaml").write_text(GOOD + "\ninstruments: [probe, {kind: probe, name: second}, transition]\n")
+    for name, said in (("good", False), ("measured", True)):
+        answer = elegans("run", tmp_path / f"{name}.yaml", "--store", tmp_path / "store", "--memory", "4GiB", "--plan")
+        assert answer.status == 0 and ("instruments come on top: probe, transition" in answer.err) == said, answer.err
+
+
 def test_evaluation_without_a_task_to_measure_on(tmp_path):
     store = synthetic.make(tmp_path / "store", synthetic.small()[:2], tables=("metrics",))
     assert_refused(elegans("measure", "evaluate", store.path), "task", "None", "no run goes on from another")

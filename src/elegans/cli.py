@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from elegans.driver import Work
+    from elegans.study import Study
 
 STOPPED = 130  # what a command returns that was interrupted
 
@@ -106,7 +107,7 @@ def run(
         check_study(asked)
         work = prepare(asked.runs, folder, **options, compile_to_measure=False)
         _print(plan_rows(work), as_json)
-        _note_bounds(work)
+        _note_plan(work, asked)
         return
     with Display() as display:
         page = run_study(asked, folder, display, minutes=minutes, **options)
@@ -270,8 +271,11 @@ def _print(table: pa.Table, as_json: bool) -> None:
     Console(width=width, highlight=False, markup=False).print(shown)
 
 
-def _note_bounds(work: Work) -> None:
-    """Says where a plan's bytes are above its budget, which no compiling has confirmed."""
+def _note_plan(work: Work, study: Study) -> None:
+    """Says what a plan's seconds leave out, and where its bytes are above its budget, which no compiling has confirmed."""
+    if study.instruments:
+        names = ", ".join(dict.fromkeys(instrument.kind for instrument in study.instruments))
+        print(f"seconds are of compiling and training; instruments come on top: {names}", file=sys.stderr)
     if any(planned.bytes > work.memory for planned in work.new):
         print("bytes are bounds: cohorts above the memory budget are measured when they train, and made smaller", file=sys.stderr)
 
