@@ -19,8 +19,9 @@ Weights of the grid are not kept: a state of its largest model has 600 MB, and w
 train. Networks are probed in `within` and `across`; `record.weights=none` keeps the grid's final ones for `elegans measure`.
 `elegans draw STORE` draws the paper's figures from the store's rows: scaling, quiet and loud features, ablations.
 
-Cost: stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine, with
---unfinished also those that were cut off.
+Cost: one seed to 1e14 FLOPs (`seed=0 --max-budget 1e14`, 6,192 runs) takes about an hour of an H100, by the rate at which four fifths
+of it were trained; the decade above, by prediction, another hour and a half, and wide models have been slower than predicted. Stop and
+go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine, with --unfinished those cut off, too.
 Expect, from the paper: the best loss leaves its plateau at 1e11 to 1e12 FLOPs for addition; 1e12 to 1e13 for breadth-first
 search, maximum subarray and activity selection; 1e13 to 1e14 for depth-first search; 1e15 to 1e16 for multiplication.
 
