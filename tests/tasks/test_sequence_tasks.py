@@ -210,10 +210,26 @@ def test_ranks_and_repeats_of_sorted_numbers() -> None:
     assert (truth["repeat"].positions == np.arange(17, 32)).all()
 
 
-def test_a_running_maximum_is_one_however_long_the_row() -> None:
-    for size in (1, 7, subsequence.FEW, subsequence.FEW + 1, 200):
-        counts = np.random.default_rng(size).integers(0, 50, size)
-        assert np.array_equal(subsequence.running_maximum(jnp.asarray(counts)), np.maximum.accumulate(counts))
+@pytest.mark.parametrize("size", [1, 7, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_tables_of_common_lengths_are_those_of_the_recurrence(size, share) -> None:
+    """Also where rows take several words, and where all or none is equal."""
+    equal = np.random.default_rng(size).random((size, size)) < share
+    table = np.zeros((size + 1, size + 1), np.int32)
+    for i, j in np.ndindex(size, size):
+        table[i + 1, j + 1] = table[i, j] + 1 if equal[i, j] else max(table[i, j + 1], table[i + 1, j])
+    found = subsequence.lengths(jnp.asarray(equal))
+    assert found.dtype == np.int32 and np.array_equal(found, table)
+
+
+def test_sums_of_words_carry() -> None:
+    """As Python's whole numbers, of 96 bits; ones everywhere make every word carry."""
+    rng, size = np.random.default_rng(0), 3
+    pairs = [rng.integers(0, 2**32, (2, size), dtype=np.uint32) for _ in range(20)]
+    for a, b in [*pairs, (np.full(size, 2**32 - 1, np.uint32), np.array([1, 0, 0], np.uint32))]:
+        whole = (sum(int(w) << 32 * i for i, w in enumerate(a)) + sum(int(w) << 32 * i for i, w in enumerate(b))) % 2**96
+        found = subsequence.sum_of_words(jnp.asarray(a), jnp.asarray(b))
+        assert [int(w) for w in found] == [whole >> 32 * i & 2**32 - 1 for i in range(size)]
 
 
 @pytest.mark.parametrize("task", [LARGE[3], SMALL[3], LongestCommonSubsequence(length=18)], ids=repr)

@@ -6,14 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt32
 
 from elegans.specs import field, spec
 from elegans.tasks.sequences import SequenceTask, answered, sequence_content, sequence_contents, shuffled_multiset
-from elegans.types import Example, Truth
+from elegans.types import AnyArray, Example, Truth
 
 LARGEST = 9  # numbers are 1 .. 9
-FEW = 64  # numbers of which all pairs are compared
+WORD = 32  # bits
+ALL, PLACES = np.uint32(2**WORD - 1), np.arange(WORD, dtype=np.uint32)
 UNROLL = 16  # rows of the table written out in the program; a GPU starts a loop's every step anew
 
 
@@ -61,21 +63,39 @@ class LongestCommonSubsequence(SequenceTask):
 
 
 def lengths(equal: Bool[Array, "x y"]) -> Int[Array, "x1 y1"]:
-    """The table [i, j]: length of the longest common subsequence of the first i numbers of x and the first j of y."""
+    """The table [i, j]: length of the longest common subsequence of the first i numbers of x and the first j of y.
 
-    def row(above: Array, same: Array) -> tuple[Array, Array]:
-        row = running_maximum(jnp.append(0, jnp.maximum(above[1:], above[:-1] + same)))  # what ends at y_j, or is found without x_i
-        return row, row
+    A row is kept as bits, set where y_j makes nothing longer. One sum takes it to the next row: each place of growth moves to the first
+    match since the one before (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"). Counting bits gives lengths.
+    """
+    matches = packed(equal)
 
-    first = jnp.zeros(equal.shape[1] + 1, jnp.int32)
-    return jnp.concatenate([first[None], jax.lax.scan(row, first, equal, unroll=min(UNROLL, len(equal)))[1]])
+    def row(same: Array, match: Array) -> tuple[Array, Array]:
+        same = sum_of_words(same, same & match) | same & ~match
+        return same, same
+
+    first = jnp.full(matches.shape[1:], ALL)
+    longer = ~jnp.concatenate([first[None], jax.lax.scan(row, first, matches, unroll=min(UNROLL, len(equal)))[1]])
+    before = jnp.cumsum(counts := jax.lax.population_count(longer), 1) - counts
+    inside = jax.lax.population_count(longer[..., None] & (ALL >> (WORD - 1 - PLACES)))
+    table = (before[..., None] + inside).astype(jnp.int32).reshape(len(equal) + 1, -1)
+    return jnp.pad(table[:, : equal.shape[1]], ((0, 0), (1, 0)))
 
 
-def running_maximum(counts: Int[Array, " y"]) -> Int[Array, " y"]:
-    """Of numbers from 0 on: in one kernel where they are few, which a GPU prefers to fewer operations."""
-    if len(counts) > FEW:
-        return jax.lax.cummax(counts)
-    return jnp.where(jnp.tri(len(counts), dtype=bool), counts, 0).max(1)
+def packed(flags: Bool[AnyArray, "row place"]) -> UInt32[Array, "row word"]:
+    """Flags as bits, 32 a word, the first the lowest."""
+    parts = jnp.pad(flags, ((0, 0), (0, -flags.shape[1] % WORD))).reshape(len(flags), -1, WORD)
+    return (parts.astype(jnp.uint32) << PLACES).sum(-1, dtype=jnp.uint32)
+
+
+def sum_of_words(a: UInt32[Array, " word"], b: UInt32[Array, " word"]) -> UInt32[Array, " word"]:
+    """The sum of two long numbers, each in words of 32 bits, the lowest first; what leaves the last is lost."""
+    sums = a + b
+    words, carry = [], jnp.uint32(0)
+    for word, over in zip(sums, sums < a, strict=True):
+        words.append(word + carry)
+        carry = (over | (words[-1] < word)).astype(jnp.uint32)
+    return jnp.stack(words)
 
 
 def walk(equal: Bool[Array, "x y"], table: Int[Array, "x1 y1"]) -> Int[Array, " x"]:
@@ -83,15 +103,17 @@ def walk(equal: Bool[Array, "x y"], table: Int[Array, "x1 y1"]) -> Int[Array, " 
 
     In row i it goes left, dropping y's end, until the ends are equal or dropping x's end costs nothing.
     """
-    columns = jnp.arange(table.shape[1])
     same = jnp.pad(equal, ((0, 0), (1, 0)))
-    stops = same | (table[:-1] == table[1:])
+    stops = packed(equal | (table[:-1, 1:] == table[1:, 1:]))
+    upto = packed(np.tri(equal.shape[1] + 1, equal.shape[1], -1, dtype=bool))  # [j]: the first j
+    ends = WORD * (1 + jnp.arange(stops.shape[1]))
 
     def row(j: Array, line: tuple[Array, Array]) -> tuple[Array, Array]:
         stop, match = line
-        j = jnp.max(jnp.where(stop & (columns <= j), columns, 0))
+        stop &= upto[j]
+        j = jnp.where(stop > 0, ends - jax.lax.clz(stop).astype(jnp.int32), 0).max()  # the last of them
         taken = match[j].astype(jnp.int32)
         return j - taken, taken
 
-    start = jnp.int32(len(columns) - 1)
+    start = jnp.int32(equal.shape[1])
     return jax.lax.scan(row, start, (stops, same), reverse=True, unroll=min(UNROLL, len(equal)))[1]
