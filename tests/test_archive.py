@@ -116,6 +116,14 @@ def test_small_and_budgets_choose_runs(trained, tmp_path):
     assert none.status == 2 and "max-budget" in none.err
 
 
+def test_more_seeds_of_the_best_are_planned(trained):
+    """Each of two widths is the best at a budget of its own; an empty store has none."""
+    more = elegans("run", trained / "archived_study.py", "seed=5..7", "--best", "1", "--plan", "--store", trained / "store")
+    assert more.status == 0 and more.out.count("3 to 4") == 2
+    none = elegans("run", trained / "archived_study.py", "--best", "1", "--plan", "--store", trained / "none")
+    assert none.status == 2 and "none" in none.err and none.err.count("\n") == 1
+
+
 def _run(line):
     import elegans as el
     from elegans.specs import from_dict

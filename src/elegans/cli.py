@@ -87,28 +87,27 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Insist on an unfinished run to go on with.")] = False,
     small: Annotated[bool, typer.Option("--small", help="The study's small version, for two CPU cores.")] = False,
     max_budget: Annotated[float | None, typer.Option(help="Leave out runs of more training FLOPs, such as 1e13.", min=0)] = None,
+    best: Annotated[int | None, typer.Option(metavar="N", help="Only the N best so far at each budget, for more seeds.", min=1)] = None,
     share: Annotated[str | None, typer.Option(metavar="I/N", help="The I-th of N parts, for N devices or machines; then merge.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop at a checkpoint after so long; the same command goes on.", min=0)] = None,
     as_json: Json = False,
 ) -> None:
     """Train, measure and report. Run it again to go on: finished runs are skipped, unfinished ones resume."""
-    from elegans.describe import plan_rows, run_summary
+    from elegans.describe import run_summary
     from elegans.driver import prepare
     from elegans.loading import load_study, parse_overrides, parse_share
     from elegans.progress import Display
     from elegans.study import check_study, run_study
 
     _load(with_)
-    asked = load_study(study, small).override(parse_overrides(overrides or [])).within(max_budget)
-    asked = asked if share is None else asked.share(*parse_share(share))
+    asked = load_study(study, small).override(parse_overrides(overrides or []))
     folder = store or Path("runs") / asked.name
+    asked = asked.within(max_budget).best(folder, best)
+    asked = asked if share is None else asked.share(*parse_share(share))
     options: dict[str, Any] = {"device": device, "memory": memory, "again": again, "resume": resume}
     if plan:
         check_study(asked)
-        work = prepare(asked.runs, folder, **options, compile_to_measure=False)
-        _print(plan_rows(work), as_json)
-        _note_plan(work, asked)
-        return
+        return _print_plan(prepare(asked.runs, folder, **options, compile_to_measure=False), asked, as_json)
     with Display() as display:
         page = run_study(asked, folder, display, minutes=minutes, **options)
     _print(run_summary(folder, page), as_json)
@@ -271,8 +270,11 @@ def _print(table: pa.Table, as_json: bool) -> None:
     Console(width=width, highlight=False, markup=False).print(shown)
 
 
-def _note_plan(work: Work, study: Study) -> None:
-    """Says what a plan's seconds leave out, and where its bytes are above its budget, which no compiling has confirmed."""
+def _print_plan(work: Work, study: Study, as_json: bool) -> None:
+    """A plan; and what its seconds leave out, and where its bytes are above its budget, which no compiling has confirmed."""
+    from elegans.describe import plan_rows
+
+    _print(plan_rows(work), as_json)
     if study.instruments:
         names = ", ".join(dict.fromkeys(instrument.kind for instrument in study.instruments))
         print(f"seconds are of compiling and training; instruments come on top: {names}", file=sys.stderr)

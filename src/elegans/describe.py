@@ -20,7 +20,7 @@ from elegans.files import write_arrays, write_json
 from elegans.instruments import Instrument
 from elegans.instruments import measure as measure_rows
 from elegans.instruments.base import ReplicaInstrument
-from elegans.instruments.scaling import FINAL
+from elegans.instruments.frontier import FINAL
 from elegans.models import Transformer
 from elegans.randomness import Purpose, key_for
 from elegans.specs import find_kind, grid, kinds

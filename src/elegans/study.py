@@ -18,6 +18,7 @@ from elegans.errors import Invalid, StoreError
 from elegans.figures import Drawing, save_paper_figures
 from elegans.files import read_json, write_json
 from elegans.instruments.base import Instrument, ReplicaInstrument, measure, silent
+from elegans.instruments.frontier import configuration, leading
 from elegans.store import Store
 from elegans.tasks.checks import check_custom
 from elegans.training.cohort import group, resolve
@@ -71,6 +72,20 @@ class Study:
         kept = [run for run in self.runs if (run.flops or run.length * flops_per_step(run)) <= flops]
         if not kept:
             raise Invalid("max-budget", flops, "allowed: at least the FLOPs of the cheapest run")
+        return dataclasses.replace(self, runs=kept)
+
+    def best(self, path: str | Path, most: int | None) -> Study:
+        """The study with only so many configurations a task and budget: those whose runs in a store have the lowest validation loss.
+
+        They are compared as `scaling` compares them, so that more seeds of them, trained into the same store, change nothing in which
+        they are. Raises `Invalid` or `StoreError`.
+        """
+        if most is None:
+            return self
+        wanted = leading(Store(path), most)
+        kept = [run for run in self.runs if configuration(specs.to_dict(run)) in wanted]
+        if not kept:
+            raise Invalid("best", most, f"allowed: where {path} has finished runs of {self.name}, with validation losses")
         return dataclasses.replace(self, runs=kept)
 
     def share(self, part: int, parts: int) -> Study:

@@ -9,13 +9,14 @@ import pytest
 import synthetic
 from elegans import At, Record, specs
 from elegans.files import write_json, write_table
-from elegans.instruments.scaling import Ended, Scaling, broken_power_law, by_budget, ended_runs, power_law
+from elegans.instruments.frontier import Ended, by_budget, ended_runs
+from elegans.instruments.scaling import Scaling, broken_power_law, power_law
 
 BUDGETS = [10.0**k for k in range(9, 16)]
 
 
 def ended(budget: float, name: str, seed: int, validation: float, test: float) -> Ended:
-    return Ended("toy", budget, name, f"{name}{seed}", validation, test, 0.5)
+    return Ended("toy", budget, name, f"{name}{seed}", validation, test, 0.5, str(seed))
 
 
 def test_a_power_law_is_recovered() -> None:
@@ -108,7 +109,9 @@ def test_a_task_without_a_finished_run_has_no_curve(tmp_path) -> None:
 
 
 def test_intervals_stay_where_losses_and_shares_can_be_and_fits_need_three_seeds() -> None:
-    runs = [Ended("toy", 1e9, "a", f"a{s}", 0.1, test, exact) for s, (test, exact) in enumerate(((0.0, 1.0), (0.3, 0.6), (0.0, 1.0)))]
+    runs = [
+        Ended("toy", 1e9, "a", f"a{s}", 0.1, test, exact, str(s)) for s, (test, exact) in enumerate(((0.0, 1.0), (0.3, 0.6), (0.0, 1.0)))
+    ]
     best = Scaling()._best(by_budget(runs)[1e9])
     assert best["low"] == 0 < best["loss"] and best["exact_high"] == 1 and 0 <= best["exact_low"] < best["exact_match"] < 1
     falls = [ended(c, "a", s, loss := 3e4 * c**-0.3 * (1 + s / 100), loss) for c in BUDGETS for s in range(3)]
@@ -128,7 +131,7 @@ def test_runs_are_pooled_as_seeds_only_where_every_field_is_the_same(tmp_path) -
     write_table(store.cohorts()[0].path / "metrics.parquet", pa.Table.from_pylist(ends))
     ended, _ = ended_runs(store)
     (found,) = by_budget(ended).values()
-    assert len({run.configuration for run in ended}) == 2 and [len(seeds) for seeds in found.values()] == [2] * 4
+    assert len({run.configuration for run in ended}) == 2 and [len(candidate.compared) for candidate in found] == [2] * 4
 
 
 def test_a_training_that_is_there_twice_with_other_records_is_one_seed(tmp_path) -> None:

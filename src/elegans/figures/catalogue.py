@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from elegans import specs
 from elegans.errors import Invalid
-from elegans.instruments.scaling import FINAL
+from elegans.instruments.frontier import FINAL
 from elegans.instruments.transition import names_of_groups, shown
 from elegans.store import Store
 from elegans.tasks import Task

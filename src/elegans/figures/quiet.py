@@ -63,8 +63,8 @@ def save_quiet_figures(
 ) -> list[Path]:
     """Draw scaling, quiet, loud and ablation into a folder, as PNG and PDF, and the ablation table as CSV and Markdown; return the files.
 
-    `published` maps tasks to the FLOPs of the transition that others found. Tasks of which the store has no run have no panel, unless it
-    has none of any; what was not measured of the others says so in its panel.
+    `published` maps tasks to the FLOPs of the transition that others found. Tasks of which the store has no run have no panel; what was
+    not measured of the others says so in its panel, and a figure of which nothing was measured is not drawn.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,16 +72,22 @@ def save_quiet_figures(
     try:
         with matplotlib.rc_context(LOOK):
             here = {row["task"] for row in tables.ask("select distinct task from runs").to_pylist()}
-            tasks = [task for task in tasks if task in here] or tasks
-            quiet, loud = ([feature for feature in features if feature[0] in here] or features for features in (quiet, loud))
-            runs = catalogue(store, tables)
-            effects = within(tables.ask(queries.ablation()), runs) if "ablate" in tables.names else []
-            drawn = {"scaling": scaling_figure(tables, tasks, published)}
-            drawn |= {"quiet": features_figure(tables, quiet, 3), "loud": features_figure(tables, loud, 4)}
-            drawn["ablation"] = ablation_figure(effects)
+            drawn = {}
+            tasks = [task for task in tasks if task in here and "scaling" in tables.names]
+            if tasks:
+                drawn["scaling"] = scaling_figure(tables, tasks, published)
+            for name, features, across in (("quiet", quiet, 3), ("loud", loud, 4)):
+                some = [feature for feature in features if feature[0] in here]
+                if any(beside(tables, *feature) for feature in some):
+                    drawn[name] = features_figure(tables, some, across)
+            effects = within(tables.ask(queries.ablation()), catalogue(store, tables)) if "ablate" in tables.names else []
+            if effects:
+                drawn["ablation"] = ablation_figure(effects)
             files = [path for name, figure in drawn.items() for path in save(figure, folder / name)]
     finally:
         tables.close()
+    if not effects:
+        return files
     pyarrow.csv.write_csv(table(effects), folder / "ablation.csv")
     write_text(folder / "ablation.md", markdown(effects))
     return [*files, folder / "ablation.csv", folder / "ablation.md"]

@@ -13,7 +13,8 @@ import pyarrow as pa
 from elegans.errors import Invalid
 from elegans.instruments.base import StoreInstrument
 from elegans.instruments.crossings import SHARE, Bracket, bracket, crossing, interval, lead_of
-from elegans.instruments.scaling import FEWEST, Ended, bounds, by_budget, chosen, ended_runs
+from elegans.instruments.frontier import FEWEST, Ended, by_budget, chosen, ended_runs
+from elegans.instruments.scaling import bounds
 from elegans.instruments.transition import NEVER_FELL, NEVER_READ, PROBES, SCORE
 from elegans.specs import field, spec
 from elegans.store import Store
@@ -101,9 +102,9 @@ class AcrossCompute(StoreInstrument):
         reached = [flops for flops in budgets if self.target is None or flops <= self.target]
         if not reached:
             return {}
-        model = chosen(budgets[max(reached)])[0].model
-        of_model = {c: {k: runs for k, runs in found.items() if runs[0].model == model} for c, found in budgets.items()}
-        return {flops: chosen(found) for flops, found in of_model.items() if found}
+        model = chosen(budgets[max(reached)]).compared[0].model
+        of_model = {flops: [c for c in found if c.compared[0].model == model] for flops, found in budgets.items()}
+        return {flops: chosen(found).reported for flops, found in of_model.items() if found}
 
     def _row(self, point: Point, task: Task) -> dict[str, Any]:
         measured = {"loss": [r.test for r in point.runs], "exact": [r.exact_match for r in point.runs]}

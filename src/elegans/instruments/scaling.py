@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,34 +10,12 @@ import numpy as np
 import pyarrow as pa
 from scipy import optimize
 
-from elegans import specs
 from elegans.errors import Invalid
 from elegans.instruments.base import StoreInstrument
 from elegans.instruments.crossings import SHARE, Bracket, bracket, crossing, interval
-from elegans.randomness import stable_hash
-from elegans.specs import field, identity, spec
+from elegans.instruments.frontier import FEWEST, Candidate, by_budget, chosen, ended_runs
+from elegans.specs import field, spec
 from elegans.store import Store
-from elegans.tasks import Task
-from elegans.training.run import LENGTHS, is_seed, unseeded
-
-FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
-from metrics group by run, split order by run, split"""  # the last scores that are not null
-FEWEST = 3  # seeds at every budget, below which nothing is called sure
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """One finished run: its budget in FLOPs, its last scores, its model and all its fields but seeds and lengths (JSON)."""
-
-    task: str
-    flops: float
-    configuration: str  # what tables show of the fields
-    run: str
-    validation: float
-    test: float
-    exact_match: float
-    model: str = ""
-    fields: str = ""
 
 
 def power_law(flops: Sequence[float], loss: Sequence[float]) -> tuple[float, float] | None:
@@ -79,10 +55,13 @@ def broken_power_law(flops: Sequence[float], loss: Sequence[float]) -> tuple[flo
 class Scaling(StoreInstrument):
     """The best loss of a grid over training FLOPs, one curve a task.
 
-    Table `scaling`, a row per task and budget: at each budget the configuration (everything but seed and budget) with the
-    lowest mean validation loss, and its `loss` (nats per scored token) and `exact_match` on TEST rows, which
-    chose nothing; `low` and `high` are t intervals over its seeds, null for fewer than three (`exact_low`, `exact_high`: those of
-    the exact match). The chance level of the loss is `plateau`, its best `floor`.
+    Table `scaling`, a row per task and budget: at each budget the best of so many `configurations` (everything but seed and budget) by
+    mean validation loss (`best_run` is one of its runs), and its `loss` (nats per scored token) and `exact_match` on TEST rows, which chose
+    nothing; `low` and `high` are t intervals over `seeds`, null for fewer than three (`exact_low`, `exact_high`: those of the exact
+    match). The chance level of the loss is `plateau`, its best `floor`.
+
+    Configurations are compared by the seeds that all of them have. Where the first few have three other seeds or more (`elegans run STUDY
+    seed=1..4 --best 3` trains them), these choose among the few, and they alone are reported.
 
     Table `scaling_fit`, a row per task and quantity, with bootstrap intervals over seeds (every configuration's seeds drawn
     again, the best one chosen again): `leaves`, FLOPs at which the curve has fallen by `share` of the way from plateau to
@@ -94,9 +73,9 @@ class Scaling(StoreInstrument):
     between them: their interval goes from the bootstrap quantile of the budget before the crossing to that of the
     budget after it, so that it always includes the bracket. A bound is null where it lies beyond the budgets. Slopes and breaks have
     an interval only where every budget has three seeds; of so few seeds a bootstrap covers less than it says, and of one seed bounds are
-    the bracket alone, and know nothing of other seeds. A configuration one of whose runs diverged is not chosen at that budget. Rows that
-    choose and rows that are reported differ, networks do not: among configurations that are alike but for their seeds' luck the lucky one
-    is chosen, and its t interval covers less (simulated, three seeds: of 4 alike 93 %, of 10 alike 86 %).
+    the bracket alone, and know nothing of other seeds. A configuration one of whose runs diverged is not chosen at that budget. Where the
+    networks that choose are reported, too, their t interval covers less: among configurations that are alike but for their seeds' luck
+    the lucky one is chosen (simulated, three seeds: of 4 alike 93 %, of 10 alike 86 %; of other seeds 95 %).
     """
 
     share: float = field(0.1, "part of the way from plateau to floor that counts as having left the plateau", gt=0, lt=1)
@@ -115,23 +94,24 @@ class Scaling(StoreInstrument):
             fits += [{"task": name, **row} for row in self._fits(mine, **bounds)]
         return {"scaling": pa.Table.from_pylist(best), "scaling_fit": pa.Table.from_pylist(fits, schema=_FIT)}
 
-    def _best(self, configurations: dict[str, list[Ended]]) -> dict[str, Any]:
-        runs = chosen(configurations)
+    def _best(self, candidates: list[Candidate]) -> dict[str, Any]:
+        best = chosen(candidates)
+        runs = best.reported
         mean, low, high = interval([r.test for r in runs], self.confidence, within=(0, math.inf))
         of_rows = interval([r.exact_match for r in runs], self.confidence, within=SHARE)
         exact = dict(zip(("exact_match", "exact_low", "exact_high"), of_rows, strict=True))
-        count = {"seeds": len(runs), "configurations": len(configurations)}
+        count = {"seeds": len(runs), "configurations": len(candidates), "best_run": best.compared[0].run}
         return {"configuration": runs[0].configuration, **count, "loss": mean, "low": low, "high": high, **exact}
 
-    def _fits(self, mine: dict[float, dict[str, list[Ended]]], floor: float | None, plateau: float | None) -> list[dict[str, Any]]:
+    def _fits(self, mine: dict[float, list[Candidate]], floor: float | None, plateau: float | None) -> list[dict[str, Any]]:
         rng, flops = np.random.default_rng(0), list(mine)
 
         def curve(again: bool) -> _Curve:
-            runs = [chosen(resampled(c, rng) if again else c) for c in mine.values()]
+            runs = [chosen([c.redrawn(rng) for c in found] if again else found).reported for found in mine.values()]
             means = [(float(np.mean([r.test for r in rs])), float(np.mean([r.exact_match for r in rs]))) for rs in runs]
             return _Curve(*(list(values) for values in zip(*means, strict=True)))
 
-        enough = min(len(chosen(c)) for c in mine.values()) >= FEWEST
+        enough = min(len(chosen(c).reported) for c in mine.values()) >= FEWEST
         curves = [curve(False), *(curve(True) for _ in range(self.draws))]
         found, *drawn = [self._facts(flops, one, floor, plateau) for one in curves]
         rising = [self._rising(one, floor, plateau) for one in curves[1:]]
@@ -192,68 +172,3 @@ def bounds(found: Sequence[Bracket], confidence: float) -> tuple[float | None, f
     low = float(np.quantile(lows, 0.5 - confidence / 2, method="lower"))
     high = float(np.quantile(highs, 0.5 + confidence / 2, method="higher"))
     return low if math.isfinite(low) else None, high if math.isfinite(high) else None
-
-
-def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
-    """Finished runs with their last scores, and their tasks by name.
-
-    One of those that differ in nothing but what they record: they are one training, not two seeds. It is one that kept weights, if there
-    is such a one, since only these can be probed.
-    """
-    scores: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in store.sql(FINAL).to_pylist() if store.has("metrics") else []:
-        if row["loss"] is not None:
-            scores.setdefault(row["run"], {})[row["split"]] = (row["loss"], row["exact_match"])
-    ended: dict[tuple[str, float, str, str], tuple[bool, Ended]] = {}  # by all that a training is; whether weights are missing
-    tasks: dict[str, Task] = {}
-    diverged = {run for cohort in store.cohorts() for run in cohort.status()["diverged"]}
-    lost: set[tuple[str, float, str]] = set()  # configurations that diverged
-    for line in store.lines():
-        found = scores.get(line["run"], {})
-        task = specs.from_dict(Task, line["spec"]["task"])
-        name = task.kind if tasks.setdefault(task.kind, task) == task else f"{task.kind} {identity(task)}"
-        tasks[name] = task
-        budget = line["spec"].get("flops") or line["length"] * line["flops_per_step"]
-        fields = _fields(line["spec"])
-        every = json.dumps(fields, sort_keys=True)
-        if line["run"] in diverged:
-            lost.add((name, budget, every))
-        elif {"validation", "test"} <= set(found):
-            scored = (found["validation"][0], *found["test"])
-            model = json.dumps(line["spec"]["model"], sort_keys=True)
-            run = line["spec"]["record"].get("weights") is None, Ended(name, budget, _shown(fields), line["run"], *scored, model, every)
-            seeds = json.dumps({k: v for k, v in specs.flat(line["spec"]).items() if is_seed(k)}, sort_keys=True)
-            ended[name, budget, every, seeds] = min(run, ended.get((name, budget, every, seeds), run), key=lambda r: (r[0], r[1].run))
-    kept = [e for _, e in ended.values() if (e.task, e.flops, e.fields) not in lost]
-    return kept, {name: task for name, task in tasks.items() if any(e.task == name for e in kept)}
-
-
-def _fields(spec: dict[str, Any]) -> dict[str, Any]:
-    """What is chosen at a budget: every field but seeds, lengths and what is recorded."""
-    return {k: v for k, v in unseeded(spec).items() if not k.startswith("record") and k not in LENGTHS}
-
-
-def _shown(fields: dict[str, Any]) -> str:
-    """A configuration in short, for people: others may be shown alike."""
-    named = ("model.d_model", "model.layers", "batch", "optim.lr")
-    label = " ".join(f"{k.rpartition('.')[2]}={fields[k]:g}" for k in named if isinstance(fields.get(k), (int, float)))
-    other = json.dumps({k: v for k, v in fields.items() if k not in named}, sort_keys=True)
-    return f"{label} {stable_hash(other) % 16**4:04x}"
-
-
-def by_budget(ended: list[Ended]) -> dict[float, dict[str, list[Ended]]]:
-    """Budget to configuration to its seeds, ascending."""
-    found: dict[float, dict[str, list[Ended]]] = {}
-    for run in sorted(ended, key=lambda e: (e.flops, e.configuration, e.run)):
-        found.setdefault(run.flops, {}).setdefault(run.configuration + run.fields, []).append(run)
-    return found
-
-
-def chosen(configurations: dict[str, list[Ended]]) -> list[Ended]:
-    """The runs of the configuration with the lowest mean validation loss."""
-    return min(configurations.values(), key=lambda runs: float(np.mean([r.validation for r in runs])))
-
-
-def resampled(configurations: dict[str, list[Ended]], rng: np.random.Generator) -> dict[str, list[Ended]]:
-    """Every configuration with its seeds drawn again, with replacement."""
-    return {name: [runs[i] for i in rng.integers(len(runs), size=len(runs))] for name, runs in configurations.items()}

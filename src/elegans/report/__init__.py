@@ -25,7 +25,7 @@ from elegans.figures.effects import Lead, fields_first, leads_of
 from elegans.figures.scaling import Scaled, grid_of
 from elegans.figures.within import within
 from elegans.files import read_json, write_text
-from elegans.instruments.scaling import FINAL
+from elegans.instruments.frontier import FINAL
 from elegans.report import panels, words
 from elegans.report.panels import Panel
 from elegans.report.runs import diverged_table, provenance, runs_table

@@ -13,15 +13,17 @@ Ten algorithmic languages, each trained at 7 widths, 2 depths, 4 learning rates 
 fresh data, AdamW with warm-up and cosine. Every configuration is a run of its own; budgets, learning rates and
 seeds of one architecture and task train in one cohort, 280 in all, of which a GPU takes several tasks in one program (about 50 to
 1e14 FLOPs). Three seeds up to 1e13 FLOPs, one beyond.
-`scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss.
+`scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss; `seed=1..4 --best 3`, run
+into the same store, trains more seeds of the three best, which then choose among them and say how sure that is.
 
 Weights of the grid are not kept: a state of its largest model has 600 MB, and would take longer to write than most runs take to
 train. Networks are probed in `within` and `across`; `record.weights=none` keeps the grid's final ones for `elegans measure`.
 `elegans draw STORE` draws the paper's figures from the store's rows: scaling, quiet and loud features, ablations.
 
-Cost: one seed to 1e14 FLOPs (`seed=0 --max-budget 1e14`, 6,192 runs) takes about an hour of an H100, by the rate at which four fifths
-of it were trained; the decade above, by prediction, another hour and a half, and wide models have been slower than predicted. Stop and
-go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine, with --unfinished those cut off, too.
+Cost: one seed to 1e14 FLOPs (`seed=0 --max-budget 1e14`, 6,192 runs) takes about an hour of an H100; four more of the three best another
+ten minutes, by prediction; the decade above, by prediction, another hour and a half, and wide models have been slower than predicted.
+Stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine, with --unfinished those cut off,
+too.
 Expect, from the paper: the best loss leaves its plateau at 1e11 to 1e12 FLOPs for addition; 1e12 to 1e13 for breadth-first
 search, maximum subarray and activity selection; 1e13 to 1e14 for depth-first search; 1e15 to 1e16 for multiplication.
 
