@@ -69,6 +69,7 @@ class Ahead:
         self.workers = workers_for(device) if workers is None else workers
         self.wanted = collections.deque(wanted)
         self.last: Convoy | None = None  # whose legs were asked for last
+        self.alone = True  # the first program compiles, for which training waits: the others would take it the cores
         self.started = collections.deque[tuple[tuple[Convoy, Leg], Future[Ready]]]()
         self.pool = ThreadPoolExecutor(self.workers, initializer=stand_back) if self.workers else None
 
@@ -88,16 +89,22 @@ class Ahead:
 
     def take(self, convoy: Convoy, leg: Leg) -> Ready:
         """The programs of a leg, as soon as they are compiled."""
-        if all(key != (convoy, leg) for key, _ in self.started):
-            return build(convoy, leg, self.device)
-        while (found := self.started.popleft())[0] != (convoy, leg):
-            pass  # a leg that was not needed
-        ready = found[1].result()
+        this = convoy, leg
+        coming = [key for key, _ in self.started] + list(self.wanted)
+        for _ in range(coming.index(this) if this in coming else 0):  # legs that were not needed
+            (self.started or self.wanted).popleft()
+        if self.started and self.started[0][0] == this:
+            ready = self.started.popleft()[1].result()
+        else:
+            ready = build(convoy, leg, self.device)
+            if self.wanted and self.wanted[0] == this:
+                self.wanted.popleft()
+        self.alone = False
         self._start()
         return ready
 
     def _start(self) -> None:
-        while self.pool and self.wanted and len(self.started) < self.workers + SPARE:
+        while self.pool and self.wanted and len(self.started) < (1 if self.alone else self.workers + SPARE):
             convoy, leg = self.wanted.popleft()
             first = convoy is not self.last
             self.last = convoy
