@@ -24,7 +24,7 @@ import numpy as np
 from elegans.files import file_digest
 from elegans.specs import Spec, to_dict
 
-NUMERICS = 5  # raised by every change of elegans that changes the numbers of an unchanged run
+NUMERICS = 6  # raised by every change of elegans that changes the numbers of an unchanged run
 INSTALLED = {"site-packages", "dist-packages"}  # folders of what pip and distributions install
 STANDARD = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
 

@@ -34,9 +34,9 @@ def plain(norm, mlp, params, x):
     return x + mlp.apply(params["mlp"], norm.apply(params["ln2"], x, context), context)
 
 
-def through(norm, mlp, params, x):
+def through(norm, mlp, params, x, upto=None):
     formula = Formula(isinstance(norm, LayerNorm), norm.eps, mlp.activation if isinstance(mlp, MLP) else "swiglu")
-    return fused_mlp.block(formula, params["ln2"], params["mlp"], x, interpret=True)
+    return fused_mlp.block(formula, params["ln2"], params["mlp"], x, interpret=True, upto=upto)
 
 
 def rows_loss(block, params, x):
@@ -61,6 +61,25 @@ def test_values_and_all_gradients_are_the_formulas(case, kept, monkeypatch):
     blocks = [functools.partial(f, norm, mlp) for f in (through, plain)]
     close(*(jax.jit(jax.vmap(f, (None, 0)))(params, x) for f in blocks))
     close(*(jax.jit(jax.grad(functools.partial(rows_loss, f), (0, 1)))(params, x) for f in blocks))
+
+
+@pytest.mark.parametrize("kept", [12_288, 0], ids=["one kernel backward", "two"])
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_beyond_the_longest_row_that_is_read_are_spared(case, kept, monkeypatch):
+    """Programs of 16 tokens, of which four rows have four positions each: what is read and all gradients keep their bits."""
+    norm, mlp, d, bias, _ = CASES[case]
+    monkeypatch.setitem(fused_mlp.BLOCKS, 32, fused_mlp.Blocks(rows=16, tile=32, span=32, kept=kept))
+    params, x, upto = made(norm, mlp, d, bias), drawn(4, 18, d), jnp.array([3, 9, 7, 2])
+    read = jnp.arange(18) < upto[:, None]
+
+    def loss(params, x, upto):
+        y = jax.vmap(functools.partial(through, norm, mlp), (None, 0, None if upto is None else 0))(params, x, upto)
+        return jnp.where(read[..., None], y.astype(jnp.float32) * jnp.sin(jnp.arange(y.size)).reshape(y.shape), 0).sum(), y
+
+    (some, y), (whole, y_all) = (jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x, u) for u in (upto, None))
+    jax.tree.map(np.testing.assert_array_equal, some, whole)
+    assert np.array_equal(y[:, :12], y_all[:, :12])  # three programs: up to the end of that in which a token is read
+    assert np.array_equal(y[:, 12:], x[:, 12:]) and not np.array_equal(y_all[:, 12:], x[:, 12:])
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
@@ -126,9 +145,9 @@ def served(monkeypatch):
     """As on a GPU, the kernels interpreted; the formulas that they were asked for."""
     asked, kernel = [], fused_mlp.block
 
-    def block(formula, norm, mlp, x):
+    def block(formula, norm, mlp, x, **more):
         asked.append(formula)
-        return kernel(formula, norm, mlp, x, interpret=True)
+        return kernel(formula, norm, mlp, x, interpret=True, **more)
 
     monkeypatch.setattr(fused, "serves", lambda dtype, edit: dtype == "bfloat16")
     monkeypatch.setattr(fused_mlp, "block", block)

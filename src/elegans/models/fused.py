@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from elegans.types import Edit, no_edit
 
@@ -25,6 +26,11 @@ def dot(a: Array, b: Array, **transposed: bool) -> Array:
     from jax.experimental.pallas import triton as plgpu
 
     return plgpu.dot(a, b, **transposed)
+
+
+def positions_read(length: int, upto: Int[Array, ""] | None) -> Float[Array, " 1"]:
+    """Of a row's positions, so many are read; a float, since JAX asks for the gradient of whatever goes into a kernel."""
+    return jnp.full(1, length if upto is None else upto, jnp.float32)
 
 
 def rows_as_one(one: Callable[..., Array], name: str, width: Callable[..., int] | None = None, own: int = 0) -> Callable[..., Array]:

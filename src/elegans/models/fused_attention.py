@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from elegans.models import fused
 from elegans.models.fused import dot
 from elegans.models.fused_heads import WIDEST, Plan, Program, diagonal
 from elegans.models.positions import Positions
@@ -231,4 +232,4 @@ def attention(
     so have a gradient, the others' are anything finite, and their own gradients zero or what they would be.
     """
     plan = Plan(qkv.shape[0], heads, qkv.shape[1] // (3 * heads), interpret)
-    return _one(plan, qkv, plan.positions_read(upto), plan.factor(scale), plan.tables(angles))
+    return _one(plan, qkv, fused.positions_read(plan.length, upto), plan.factor(scale), plan.tables(angles))

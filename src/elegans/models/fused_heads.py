@@ -88,10 +88,6 @@ class Plan:
         """Of a number for each head, in whole tiles, and position."""
         return jax.ShapeDtypeStruct((self.tiles * self.together, self.length), jnp.float32)
 
-    def positions_read(self, upto: Array | None) -> Array:
-        """The number of positions that are read, [1], and a float: JAX asks for the gradient of whatever goes in."""
-        return jnp.full(1, self.length if upto is None else upto, jnp.float32)
-
     def until(self, upto: Array) -> Array:
         """Blocks of which something is read, of the number of positions that are, [1]."""
         return (upto.astype(jnp.int32) + self.blocks.rows - 1) // self.blocks.rows

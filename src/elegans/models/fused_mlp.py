@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from elegans.models import fused
 from elegans.models.fused import dot
@@ -110,47 +110,59 @@ class _Plan(Plan):
 def _forward_kernel(plan: _Plan, tall: Any, w: Any, out: Any) -> None:
     from jax.experimental import pallas as pl
 
-    block = Tall(plan, tall | out, pl.program_id(1) * plan.blocks.rows, 0, plan.blocks.rows)
+    block = Tall(plan, tall | out, pl.program_id(1) * plan.blocks.rows, plan.blocks.rows)
     x = block.read("x")
-    normed, _, _ = norm(plan, w, x)
 
-    def add(i: Array, y: Array) -> Array:
-        at = pl.ds(i * plan.blocks.tile, plan.blocks.tile)
-        hidden = ACTIVATIONS[plan.formula.activation](*plan.hidden(w, at, normed))
-        return y + dot(hidden.astype(jnp.bfloat16), w["W_out"][at, :])
+    def added() -> Array:
+        normed, _, _ = norm(plan, w, x)
 
-    y = jax.lax.fori_loop(0, plan.tiles, add, jnp.zeros(x.shape, jnp.float32))
-    y = y + w["b_out"][...][None, :] if "b_out" in w else y
-    block.write("y", x.astype(jnp.float32) + y)
+        def add(i: Array, y: Array) -> Array:
+            at = pl.ds(i * plan.blocks.tile, plan.blocks.tile)
+            hidden = ACTIVATIONS[plan.formula.activation](*plan.hidden(w, at, normed))
+            return y + dot(hidden.astype(jnp.bfloat16), w["W_out"][at, :])
+
+        y = jax.lax.fori_loop(0, plan.tiles, add, jnp.zeros(x.shape, jnp.float32))
+        y = y + w["b_out"][...][None, :] if "b_out" in w else y
+        return x.astype(jnp.float32) + y
+
+    block.write("y", block.if_read(w, added, lambda: x.astype(jnp.float32)))
 
 
 # ---- calling them
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one(plan: _Plan, x: Array, *weights: Array) -> Array:
-    """The block for one long row."""
-    plan = plan.of(x)
-    return call(plan, _forward_kernel, {"x": x}, plan.pad(weights), ["y"], plan.blocks.rows)["y"]
+def _one(plan: _Plan, x: Array, upto: Array, *weights: Array) -> Array:
+    """The block for some rows, one after the other."""
+    plan = plan.of(x, upto)
+    return call(plan, _forward_kernel, {"x": x}, plan.pad(weights) | {"read": plan.tokens_read(upto)}, ["y"], plan.blocks.rows)["y"]
 
 
-def _one_forward(plan: _Plan, x: Array, *weights: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _one(plan, x, *weights), (x, *weights)
+def _one_forward(plan: _Plan, x: Array, upto: Array, *weights: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _one(plan, x, upto, *weights), (x, upto, *weights)
 
 
-def _one_backward(plan: _Plan, kept: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
-    return backward(plan.of(kept[0]), {"x": kept[0], "dy": dy}, kept[1:])
+def _one_backward(plan: _Plan, kept: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
+    x, upto, *weights = kept
+    dx, *made = backward(plan.of(x, upto), {"x": x, "dy": dy}, upto, tuple(weights))
+    return dx, None, *made
 
 
 _one.defvjp(_one_forward, _one_backward)
-_rows = fused.rows_as_one(_one, "mlp_block")
+_rows = fused.rows_as_one(_one, "mlp_block", own=1)
 
 
 def block(
-    formula: Formula, norm: dict[str, Array], mlp: dict[str, Array], x: Float[Array, "position d_model"], interpret: bool = False
+    formula: Formula,
+    norm: dict[str, Array],
+    mlp: dict[str, Array],
+    x: Float[Array, "position d_model"],
+    interpret: bool = False,
+    upto: Int[Array, ""] | None = None,
 ) -> Float[Array, "position d_model"]:
-    """x + mlp(norm(x)), x in bfloat16. `interpret` runs the kernel's meaning without a GPU."""
+    """x + mlp(norm(x)), x in bfloat16; `interpret` and `upto` as in `fused_attention.attention`."""
     weights = norm | mlp
     names = tuple(name for name in _Plan.axes if name in weights)
     d, f = weights["W_in"].shape
-    return _rows(_Plan(formula, names, d, f, BLOCKS[padded(d)], interpret), x, *(weights[name] for name in names))
+    plan = _Plan(formula, names, d, f, BLOCKS[padded(d)], interpret)
+    return _rows(plan, x, fused.positions_read(len(x), upto), *(weights[name] for name in names))

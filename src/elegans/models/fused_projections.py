@@ -60,32 +60,39 @@ def _project_kernel(plan: _Plan, tall: Any, w: Any, out: Any) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
-    first = pl.program_id(1) * plan.blocks.rows
-    block = Tall(plan, tall | out, first, 0, plan.blocks.rows)
-    normed, _, _ = norm(plan, w, block.read("x"))
+    block = Tall(plan, tall | out, pl.program_id(1) * plan.blocks.rows, plan.blocks.rows)
     tile, turned = plan.blocks.tile, 2 * plan.f // 3  # columns that are turned
-    place, column = (first + jnp.arange(plan.blocks.rows)) % plan.heads.length, jnp.arange(tile)
+    mixed = -(-turned // tile) if "cos" in w else 0
+    place, column = block.positions % plan.heads.length, jnp.arange(tile)  # what is beyond the last row has a place, too
     places = tuple(jnp.broadcast_to(a, (plan.blocks.rows, tile)) for a in (place[:, None], column[None, :]))
 
-    def made(name: str, at: Any) -> Array:
-        y = dot(normed, w["W_" + name][:, at])
-        return y + w["b_" + name][at][None, :] if "b_" + name in w else y
+    def projected() -> None:
+        normed, _, _ = norm(plan, w, block.read("x"))
 
-    def straight(i: Array, _: None) -> None:
-        at = pl.ds(i * tile, tile)
-        block.write("qkv", made("in", at), at)
+        def made(name: str, at: Any) -> Array:
+            y = dot(normed, w["W_" + name][:, at])
+            return y + w["b_" + name][at][None, :] if "b_" + name in w else y
 
-    def aslant(i: Array, _: None) -> None:
-        at = pl.ds(i * tile, tile)
-        cos, sin = (plgpu.load(w[name].at[places]) for name in ("cos", "sin"))
-        y = made("in", at)
-        y = jnp.where((i * tile + column < turned)[None, :], y * cos + made("swapped", at) * sin, y)
-        block.write("qkv", y, at)
+        def straight(i: Array, _: None) -> None:
+            at = pl.ds(i * tile, tile)
+            block.write("qkv", made("in", at), at)
 
-    mixed = -(-turned // tile) if "cos" in w else 0
-    for begin, end, make in ((0, mixed, aslant), (mixed, plan.tiles, straight)):
-        if end > begin:
-            jax.lax.fori_loop(begin, end, make, None)
+        def aslant(i: Array, _: None) -> None:
+            at = pl.ds(i * tile, tile)
+            cos, sin = (plgpu.load(w[name].at[places]) for name in ("cos", "sin"))
+            y = made("in", at)
+            y = jnp.where((i * tile + column < turned)[None, :], y * cos + made("swapped", at) * sin, y)
+            block.write("qkv", y, at)
+
+        for begin, end, make in ((0, mixed, aslant), (mixed, plan.tiles, straight)):
+            if end > begin:
+                jax.lax.fori_loop(begin, end, make, None)
+
+    def nothing() -> None:
+        zeros = jnp.zeros((plan.blocks.rows, tile))
+        jax.lax.fori_loop(0, plan.tiles, lambda i, _: block.write("qkv", zeros, pl.ds(i * tile, tile)), None)
+
+    block.if_read(w, projected, nothing)
 
 
 # ---- calling them
@@ -111,22 +118,23 @@ def _one(plan: _Plan, names: tuple[str, ...], x: Array, upto: Array, *operands: 
 
 
 def _one_forward(plan: _Plan, names: tuple[str, ...], x: Array, upto: Array, *operands: Array) -> tuple[Array, Any]:
-    plan, named = plan.of(x), dict(zip(names, operands, strict=True))
-    qkv = fused_tokens.call(plan, _project_kernel, {"x": x}, _weights(plan, named), ["qkv"], plan.blocks.rows)["qkv"]
+    plan, named = plan.of(x, upto), dict(zip(names, operands, strict=True))
+    w = _weights(plan, named) | {"read": plan.tokens_read(upto)}
+    qkv = fused_tokens.call(plan, _project_kernel, {"x": x}, w, ["qkv"], plan.blocks.rows)["qkv"]
     row = jax.vmap(functools.partial(fused_attention.forward, plan.heads))(qkv.reshape(-1, plan.heads.length, plan.f), upto[:, None])
     y = x + row["z"].reshape(plan.tokens, -1) @ named["W_out"].astype(x.dtype)
-    return y + named["b_out"].astype(x.dtype) if "b_out" in named else y, (x, row, named)
+    return y + named["b_out"].astype(x.dtype) if "b_out" in named else y, (x, upto, row, named)
 
 
 def _one_backward(plan: _Plan, names: tuple[str, ...], kept: Any, dy: Array) -> tuple[Array | None, ...]:
-    (x, row, named), plan = kept, plan.of(kept[0])
+    (x, upto, row, named), plan = kept, plan.of(*kept[:2])
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     z = row["z"].reshape(plan.tokens, -1)
     dz = product("td,ed->te", dy, named["W_out"].astype(dy.dtype)).astype(dy.dtype)
     shared = {"factor": named["factor"], "tables": tuple(named[n] for n in fused_heads.TABLES if n in named)}
     through = functools.partial(fused_attention.backward, plan.heads)
     dqkv = jax.vmap(through, (0, None, 0))(row, shared, dz.reshape(row["z"].shape)).reshape(plan.tokens, -1)
-    dx, *made = fused_tokens.backward(plan, {"x": x, "dy": dy, "dqkv": dqkv}, tuple(named[n] for n in plan.names))
+    dx, *made = fused_tokens.backward(plan, {"x": x, "dy": dy, "dqkv": dqkv}, upto, tuple(named[n] for n in plan.names))
     grads = dict(zip(plan.names, made, strict=True)) | {"W_out": product("te,td->ed", z, dy), "b_out": dy.astype(jnp.float32).sum(0)}
     return dx, None, *(grads.get(n) for n in names)
 
@@ -154,4 +162,4 @@ def block(
     operands |= {"W_out": attn["W_O"].reshape(h * e, d), **({"b_out": attn["b_O"]} if "b_O" in attn else {})}
     operands |= {"factor": heads.factor(scale), **dict(zip(fused_heads.TABLES, heads.tables(angles), strict=False))}
     plan = _Plan(formula, names, d, 3 * h * e, BLOCKS[padded(d)], interpret, heads=heads)
-    return _rows((plan, tuple(operands)), x, heads.positions_read(upto), *operands.values())
+    return _rows((plan, tuple(operands)), x, fused.positions_read(len(x), upto), *operands.values())

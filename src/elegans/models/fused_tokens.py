@@ -1,8 +1,9 @@
 """What the kernels share in which a program takes some tokens through part of a block, written in Pallas for Triton.
 
 Rows are just more tokens (`fused.rows_as_one`), so that a weight's gradient is summed in the kernel and not row by row;
-`vmap` over replicas adds an axis to the kernel's grid. Products take bfloat16 and add in float32. Sums over tokens are made in
-parts that are added up in one order: the same bits every time.
+`vmap` over replicas adds an axis to the kernel's grid. Where tokens are wide enough, programs take them position by position, the first of
+every row first, so that those that nobody reads, which stand at rows' ends, come last and are passed on as they are, their gradients too.
+Products take bfloat16 and add in float32. Sums over tokens are made in parts that are added up in one order: the same bits every time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -33,6 +34,7 @@ class Blocks:
     kept: int = 12_288  # float32 sums in a program's registers, up to which one kernel makes all gradients
 
 
+SPARED = 32  # d_model, padded, from which on tokens that nobody reads are spared (docs/speed.md has the measurements)
 STREAM = "x", "dx", "y", "dy"  # arrays of width d_model; others have the columns that the first weights make
 
 
@@ -62,10 +64,20 @@ class Plan:
     blocks: Blocks
     interpret: bool
     tokens: int = 0  # of the long row
+    rows: int = 1  # that stand in it, one after the other, as far as programs know
 
-    def of(self, x: Array) -> Any:
-        """The same for a row of this length."""
-        return dataclasses.replace(self, tokens=x.shape[0])
+    def of(self, x: Array, upto: Array) -> Any:
+        """The same for a long row, of rows of which so many positions are read each."""
+        return dataclasses.replace(self, tokens=x.shape[0], rows=upto.shape[0] if self.spares else 1)
+
+    @property
+    def spares(self) -> bool:
+        """Whether tokens come position by position; of narrow ones, memory reads several at once, and they must be neighbours."""
+        return self.width >= SPARED
+
+    def tokens_read(self, upto: Array) -> Array:
+        """How many tokens are read, [1], in the order in which programs take them; all, if need be."""
+        return self.rows * jnp.ceil(upto.max()).astype(jnp.int32)[None] if self.spares else jnp.full(1, self.tokens, jnp.int32)
 
     @property
     def width(self) -> int:
@@ -137,22 +149,38 @@ class Tall:
 
     plan: Plan
     refs: dict[str, Any]  # arrays of all tokens by name
-    first: Array  # token of the block
-    at: Array | int  # the block's place in what the program sees
+    first: Array  # token of the block, as they are counted: position by position
     span: int
+
+    @property
+    def tokens(self) -> Array:
+        """Of the block, as they are counted."""
+        return self.first + jnp.arange(self.plan.blocks.rows)
+
+    @property
+    def positions(self) -> Array:
+        """Of the tokens in their rows."""
+        return self.tokens // self.plan.rows
 
     def mask(self, at: Any, size: int) -> Array | None:
         """Which elements there are in columns `at` of so many; none where all are."""
-        plan = self.plan
-        rows = (self.first + jnp.arange(plan.blocks.rows) < plan.tokens)[:, None] if plan.tokens % self.span else None
+        rows = (self.tokens < self.plan.tokens)[:, None] if self.plan.tokens % self.span else None
         columns = (at.start + jnp.arange(at.size) < size)[None, :] if size % at.size else None
         return columns if rows is None else rows if columns is None else rows & columns
 
     def place(self, name: str, at: Any = None) -> tuple[Any, Array | None]:
         from jax.experimental import pallas as pl
 
-        at = pl.ds(0, self.plan.width) if at is None else at
-        return self.refs[name].at[pl.ds(self.at * self.plan.blocks.rows, self.plan.blocks.rows), at], self.mask(at, self.plan.columns(name))
+        plan, at = self.plan, pl.ds(0, self.plan.width) if at is None else at
+        there, line = self.mask(at, plan.columns(name)), self.tokens
+        line = line if plan.rows == 1 else (line % plan.rows) * (plan.tokens // plan.rows) + self.positions
+        line = jnp.where(self.tokens < plan.tokens, line, plan.tokens) if plan.tokens % self.span else line
+        lines, columns = (jnp.broadcast_to(a, (plan.blocks.rows, at.size)) for a in (line[:, None], (at.start + jnp.arange(at.size))[None]))
+        return self.refs[name].at[lines, columns], there
+
+    def if_read(self, w: Any, made: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+        """What is made of the block, if anybody reads some of it."""
+        return jax.lax.cond(self.first < w["read"][0], made, otherwise)
 
     def read(self, name: str, at: Any = None) -> Array:
         from jax.experimental.pallas import triton as plgpu
@@ -208,16 +236,20 @@ def _input_kernel(plan: Plan, tall: Any, w: Any, out: Any) -> None:
     """The gradient of a block of tokens, and its part of the sums of width d_model."""
     from jax.experimental import pallas as pl
 
-    block = Tall(plan, tall | out, pl.program_id(1) * plan.blocks.rows, 0, plan.blocks.rows)
+    block = Tall(plan, tall | out, pl.program_id(1) * plan.blocks.rows, plan.blocks.rows)
     dy = block.read("dy")
-    normed, hat, factor = norm(plan, w, block.read("x"))
 
-    def add(i: Array, dn: Array) -> Array:
-        at = pl.ds(i * plan.blocks.tile, plan.blocks.tile)
-        return dn + _to_normed(plan, w, at, plan.pulled(w, at, normed, dy, block)[1])
+    def through() -> tuple[Array, dict[str, Array]]:
+        normed, hat, factor = norm(plan, w, block.read("x"))
 
-    dn = jax.lax.fori_loop(0, plan.tiles, add, jnp.zeros(hat.shape, jnp.float32))
-    dx, sums = through_norm(plan, w, dn, dy, hat, factor)
+        def add(i: Array, dn: Array) -> Array:
+            at = pl.ds(i * plan.blocks.tile, plan.blocks.tile)
+            return dn + _to_normed(plan, w, at, plan.pulled(w, at, normed, dy, block)[1])
+
+        dn = jax.lax.fori_loop(0, plan.tiles, add, jnp.zeros(hat.shape, jnp.float32))
+        return through_norm(plan, w, dn, dy, hat, factor)
+
+    dx, sums = block.if_read(w, through, lambda: (dy.astype(jnp.float32), {name: jnp.zeros(plan.width) for name in plan.narrow}))
     block.write("dx", dx)
     for name, a in sums.items():
         out[name][...] = a
@@ -229,10 +261,14 @@ def _weights_kernel(plan: Plan, tall: Any, w: Any, out: Any) -> None:
 
     tiles = range(plan.tiles) if plan.at_once else [pl.program_id(0)]
     columns = [pl.ds(i * plan.blocks.tile, plan.blocks.tile) for i in tiles]
-    start = pl.program_id(1) * plan.span
+    start, steps = pl.program_id(1) * plan.span, plan.span // plan.blocks.rows
+    read = jnp.clip((w["read"][0] - start + plan.blocks.rows - 1) // plan.blocks.rows, 0, steps)
+
+    def block_of(j: Array) -> Tall:
+        return Tall(plan, tall | out, start + j * plan.blocks.rows, plan.span)
 
     def step(j: Array, sums: Any) -> Any:
-        block = Tall(plan, tall | out, start + j * plan.blocks.rows, j, plan.span)
+        block = block_of(j)
         dy = block.read("dy")
         normed, hat, factor = norm(plan, w, block.read("x"))
         made, dn = [], jnp.zeros(hat.shape, jnp.float32)
@@ -249,7 +285,9 @@ def _weights_kernel(plan: Plan, tall: Any, w: Any, out: Any) -> None:
     zeros = [
         {name: jnp.zeros(plan.shape(name, 1)) for name in names} for names in [plan.wide for _ in tiles] + [plan.narrow] * plan.at_once
     ]
-    sums = jax.lax.fori_loop(0, plan.span // plan.blocks.rows, step, zeros)
+    sums = jax.lax.fori_loop(0, read, step, zeros)
+    if plan.at_once:
+        jax.lax.fori_loop(read, steps, lambda j, _: block_of(j).write("dx", block_of(j).read("dy")), None)
     for at, tile in zip(columns, sums, strict=False):
         for name, a in tile.items():
             out[name][{"df": (slice(None), at), "fd": (at, slice(None)), "f": (at,)}[plan.axes[name]]] = a
@@ -265,8 +303,8 @@ def call(
 ) -> Any:
     """A kernel on a grid of [tile, span of tokens].
 
-    `tall` arrays, and those that are `made`, come by span; of weights there are all, and of `sums` those of
-    each span.
+    `tall` arrays, and those that are `made`, are of all tokens; of weights there are all, and how many tokens are `read`, and of `sums`
+    those of each span.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
@@ -275,7 +313,7 @@ def call(
     whole = {n: pl.BlockSpec(a.shape, lambda *_, lead=(0,) * a.ndim: lead) for n, a in w.items()}
 
     def tokens(name: str) -> Any:
-        return pl.BlockSpec((span, plan.width if name in STREAM else plan.tiles * plan.blocks.tile), lambda _, part: (part, 0))
+        return pl.BlockSpec((plan.tokens, plan.width if name in STREAM else plan.tiles * plan.blocks.tile), lambda *_: (0, 0))
 
     def of_span(name: str) -> Any:
         return pl.BlockSpec((None, *plan.shape(name)), lambda _, part: (part, *(0 for _ in plan.axes[name])))
@@ -295,9 +333,9 @@ def call(
     return {n: a.sum(0) if n in sums else a for n, a in got.items()}
 
 
-def backward(plan: Plan, tall: dict[str, Array], weights: tuple[Array, ...]) -> tuple[Array, ...]:
+def backward(plan: Plan, tall: dict[str, Array], upto: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
     """The gradients of x, and of the weights in their order. `tall` has x, the block's gradient dy, and what the plan reads besides."""
-    w = plan.pad(weights)
+    w = plan.pad(weights) | {"read": plan.tokens_read(upto)}
     if plan.at_once:
         made = call(plan, _weights_kernel, tall, w, ["dx"], plan.span, plan.narrow + plan.wide)
     else:

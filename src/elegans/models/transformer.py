@@ -326,7 +326,7 @@ class Transformer(Model):
             y = self.mlp.apply(params["mlp"], site("ln2", norm(params["ln2"], x, context)), context)
             y = x + context.drop(site("mlp_out", y), 1)
             formula = self._mlp_kernel(x, context)
-            x = fused_mlp.block(formula, params["ln2"], params["mlp"], x) if formula else y
+            x = fused_mlp.block(formula, params["ln2"], params["mlp"], x, upto=context.upto) if formula else y
         return site("resid", x)
 
     def _formula(self, x: Array, context: Context, widest: int, activation: str = "") -> fused_mlp.Formula | None:
