@@ -225,6 +225,10 @@ def lead(mean, low, high, verdict, **change) -> Lead:
         (lead(0.05, -0.1, 0.2, "undecided"), "0.05 [−0.10, 0.20] decades of steps before the loss falls (a factor of 1.1): undecided"),
         (lead(0.0, -0.02, 0.02, "no lead"), "no lead."),
         (
+            lead(0.2, 0.1, 0.3, "undecided", ahead=1, behind=3),
+            "1 run where it was readable before training, or while the loss never fell, and 3 runs where the loss fell and it never was",
+        ),
+        (
             lead(None, None, None, "undecided", runs=0, missing="loss never fell"),
             "No run reached both the step of the carry and that of the loss (loss never fell): their order is undecided.",
         ),

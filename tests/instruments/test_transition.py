@@ -134,6 +134,46 @@ def test_quiet_and_loud(leads, per_decade, said) -> None:
     assert row["loudness"] == said and row["mean"] == pytest.approx(np.mean(leads), abs=0.05)
 
 
+NEVER = Course([0, 9000], [-1.0, -1.0], -0.5, None, NEVER_FELL), Course([0, 9000], [0.0, 0.0], None, None, NEVER_READ)  # loss, feature
+
+
+@pytest.mark.parametrize(
+    ("lead", "others", "said", "counts"),
+    [
+        (0.3, "behind", "undecided", (0, 3)),  # quiet in three, and in three the loss fell without it
+        (0.3, "ahead", "quiet", (3, 0)),
+        (0.0, "behind", "loud", (0, 3)),
+        (0.0, "ahead", "undecided", (3, 0)),
+        (0.3, "neither", "quiet", (0, 0)),
+    ],
+)
+def test_runs_in_which_one_alone_came_count_against_a_verdict(lead, others, said, counts) -> None:
+    pairs = [(course(500.0), course(500 / 10 ** (lead + e))) for e in (-0.01, 0.0, 0.01)]
+    pairs += 3 * [(course(500.0) if others == "behind" else NEVER[0], course(500.0) if others == "ahead" else NEVER[1])]
+    row = Transition()._lead(pairs)
+    assert row["loudness"] == said and (row["ahead"], row["behind"]) == counts and (row["runs"], row["of"]) == (3, 6)
+    assert row["mean"] == pytest.approx(lead, abs=0.05)
+
+
+def test_the_median_run_decides_where_some_never_come() -> None:
+    """Of twelve runs one never reads the feature: the median has its interval, and is ahead."""
+    pairs = [(course(500.0), course(250.0))] * 11 + [(course(500.0), NEVER[1])]
+    row = Transition()._lead(pairs)
+    assert row["behind"] == 1 and row["loudness"] == "quiet" and 0.1 < row["median_change_low"] < np.log10(2) < row["median_change_high"]
+
+
+def test_what_is_forgotten_later_was_readable() -> None:
+    """A probe that rises at step 100 and falls at 3000 to where it began, and one that stays, are readable from the same step on."""
+    steps = [0, *(round(10 ** (k / 10)) for k in range(41))]
+    stays = [(s, 0.6 + 0.4 * (s > 90)) for s in steps]
+    falls = [(s, v - 0.38 * (s > 2900)) for s, v in stays]
+    one, other = (Transition()._feature({"resid.0": points}) for points in (stays, falls))
+    assert other.step == one.step and other.change == one.change and not other.missing
+    assert list(other.values) == [v for _, v in falls]  # the whole curve is kept to be drawn
+    later = Transition()._feature({"resid.0": [(s, v - 0.3 * (s in (200, 251))) for s, v in stays]})
+    assert later.step > 250  # below half-way once more, from where it comes back: not yet for good
+
+
 def recorded(at: float, per_decade: int, steep: float) -> list[tuple[int, float]]:
     """A rise from 0 to 1 around a step, as it is recorded so often."""
     steps = sorted({0, *(round(10 ** (k / per_decade)) for k in range(4 * per_decade))})

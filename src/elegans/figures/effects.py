@@ -52,10 +52,17 @@ class Lead:
     each: np.ndarray  # the leads of the group's runs
     loudness: str = ""  # quiet, loud or undecided, by change points; empty where it was not decided
     missing: str = "not measured"  # why there is no mean
+    ahead: int = 0  # runs that the mean leaves out, since the loss never fell, or the feature was readable before training
+    behind: int = 0  # since the feature never became readable
 
     @property
     def name(self) -> str:
         return f"{self.feature}, {self.group}" if "=" in self.group else self.feature
+
+    @property
+    def said(self) -> str:
+        """Its verdict, half-way first, by change points second where these decide."""
+        return f"{self.verdict}, {self.loudness}" if self.loudness in ("quiet", "loud") else self.verdict
 
 
 def leads_of(tables: Tables) -> list[Lead]:
@@ -78,7 +85,7 @@ def leads(rows: pa.Table, each: pa.Table) -> list[Lead]:
         mean, low, high = (number(row[name]) for name in ("mean", "low", "high"))
         counts = int(row["runs"] or 0), int(row["of"] or 0)
         verdict = row["verdict"] or "undecided"
-        said = row.get("loudness") or "", row.get("missing") or Lead.missing
+        said = row.get("loudness") or "", row.get("missing") or Lead.missing, row.get("ahead") or 0, row.get("behind") or 0
         found.append(Lead(row["group"] or "", row["feature"], *counts, mean, low, high, verdict, single, *said))
     return sorted(found, key=lambda lead: lead.feature)
 
@@ -123,7 +130,7 @@ def _draw_lead(figure: go.Figure, lead: Lead, place: int, colour: str) -> None:
     if lead.mean is not None:
         hover = f"<b>{style.text(lead.name)}</b><br>{interval_text(lead)}<extra></extra>"
         _draw_mean(figure, lead.mean, lead.low, lead.high, place, colour, hover)
-    note = f"{style.text(lead.missing if lead.mean is None else lead.verdict, 26)}, n = {lead.runs} of {lead.of}"
+    note = f"{style.text(lead.missing if lead.mean is None else lead.said, 26)}, n = {lead.runs} of {lead.of}"
     figure.add_annotation(text=note, x=1.01, xref="paper", xanchor="left", y=place, showarrow=False)
 
 
@@ -148,9 +155,10 @@ def lead_caption(found: list[Lead], shown: int) -> str:
     """What the forest plot shows."""
     cut = f" The first {shown} of {len(found)} rows are drawn." if shown < len(found) else ""
     return (
-        "How long before the loss falls half-way from plateau to floor the probe is half-way from its untrained level to its end, "
+        "How long before the loss falls half-way from plateau to floor the probe is half-way from its untrained level to its best, "
         "in decades of optimiser steps (0.3 is a factor of two); right of zero, the feature came first. Dots: runs that reached both. "
-        f"Diamonds: means, with their 95 % interval over runs. n: runs that reached both, of all in the group; others are left out.{cut}"
+        "Diamonds: means, with their 95 % interval over runs. n: runs that reached both, of all in the group. Verdicts, by half-way points "
+        f"and then, quiet or loud, by change points, also count runs in which only one of the two came.{cut}"
     )
 
 

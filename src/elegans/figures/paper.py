@@ -248,7 +248,7 @@ def lead_forest(found: list[Lead]) -> Figure:
         axes.plot(lead.each, place + jitter(len(lead.each), 0.24), ".", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
         if lead.mean is not None:
             diamond(axes, lead.mean, lead.low, lead.high, place, colour)
-        axes.text(1.01, place, f"{lead.verdict}, {lead.runs}/{lead.of}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
+        axes.text(1.01, place, f"{lead.said}, {lead.runs}/{lead.of}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     name_rows(axes, [lead.name for lead in found])
     axes.set_xlabel("lead of the feature over the loss (decades of steps)")
     return figure

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from elegans.instruments.crossings import Bracket, beyond, shift, verdict
+from elegans.instruments.crossings import Bracket, beyond, difference, shift, verdict
 
 WORDS = ("later", "earlier", "no shift")
 ENDS = ("", "_low", "_high")
@@ -27,6 +27,15 @@ class Seen:
     def reached(self) -> bool:
         """Whether the transition is within the record."""
         return bool(np.isfinite(self.half).all() and np.isfinite(self.change).all())
+
+    @property
+    def told(self) -> bool:
+        """Whether anything is known of it."""
+        return bool(np.isfinite(self.half).any() and np.isfinite(self.change).any())
+
+    def before(self, other: Seen) -> Seen:
+        """By how much it comes before another transition."""
+        return Seen(difference(other.half, self.half), difference(other.change, self.change))
 
 
 def neighbours(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:

@@ -145,6 +145,16 @@ def spanning(brackets: Sequence[Bracket], confidence: float) -> tuple[float, flo
     return mean, interval(lows, confidence)[1], interval(highs, confidence)[2]
 
 
+def among(brackets: Sequence[Bracket], confidence: float) -> tuple[float | None, float | None]:
+    """An interval of the median of values that are known to their brackets only, some of which may have an infinite end.
+
+    From the lower bound of the lower ends' `median` to the upper bound of the upper ends'; a bound is None where it is not finite.
+    """
+    lows, highs = zip(*brackets, strict=True)
+    low, high = median(lows, confidence)[1], median(highs, confidence)[2]
+    return low if low is not None and math.isfinite(low) else None, high if high is not None and math.isfinite(high) else None
+
+
 def decades(found: Bracket) -> Bracket:
     """A bracket of steps or FLOPs in decades (log10); step 0 stands at half a step, what is infinite stays so."""
     low, high = found
@@ -153,8 +163,12 @@ def decades(found: Bracket) -> Bracket:
 
 def lead_of(late: Bracket, early: Bracket) -> Bracket:
     """The least and the greatest lead, in decades, of one transition over another, both known to their brackets."""
-    (late_low, late_high), (early_low, early_high) = decades(late), decades(early)
-    return late_low - early_high, late_high - early_low
+    return difference(decades(late), decades(early))
+
+
+def difference(of: Bracket, less: Bracket) -> Bracket:
+    """The least and the greatest difference of two values that are known to their brackets."""
+    return of[0] - less[1], of[1] - less[0]
 
 
 def loudness(low: float | None, high: float | None, same: float) -> str:

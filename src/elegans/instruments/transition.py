@@ -18,6 +18,7 @@ from elegans.instruments.crossings import (
     EARLIEST,
     SHARE,
     Bracket,
+    among,
     bracket,
     change_point,
     crossing,
@@ -58,16 +59,19 @@ class Course:
     step: float | None
     missing: str = ""  # why there is no step
     least: float = -math.inf  # what is lower counts as this: a loss above its plateau
+    until: int | None = None  # so many points count, all if none: what has risen may fall again
 
     @property
     def change(self) -> Bracket | None:
         """The recorded steps between which it changes."""
-        return None if self.step is None else change_point(self.steps, [max(v, self.least) for v in self.values])
+        rising = [max(v, self.least) for v in self.values[: self.until]]
+        return None if self.step is None else change_point(self.steps[: self.until], rising)
 
     @property
     def blur(self) -> float:
         """How far from the truth the half-way point may be, in decades: half of the recorded steps' distance there."""
-        low, high = decades(bracket(self.steps, self.values, self.level)) if self.level is not None else (0.0, 0.0)
+        known = self.steps[: self.until], self.values[: self.until]
+        low, high = decades(bracket(*known, self.level)) if self.level is not None else (0.0, 0.0)
         return (high - low) / 2
 
     @property
@@ -87,9 +91,10 @@ class Transition(StoreInstrument):
 
     Per run, table `transition`: `loss_step`, the step at which validation loss has fallen half-way from the
     plateau to the floor for good; `feature_step`, the step at which the probes' score (accuracy; r2 of a number),
-    averaged over reads and labels (r2 below 0 as 0) at the site that is best at the end, has risen half-way from untrained to its
-    end; `lead` = log10(loss_step / feature_step), in decades of training steps (the same as decades of FLOPs), positive where the
-    feature came first. Missing where the run never learned, the probe never rose by `least`, or step 0 was not probed. Steps lie
+    averaged over reads and labels (r2 below 0 as 0) at the site where it is ever best, has risen half-way from untrained to its
+    best for good, as long as it stays within `least` of that: what is forgotten later was readable all the same; `lead` =
+    log10(loss_step / feature_step), in decades of training steps (the same as decades of FLOPs), positive where the feature came
+    first. Missing where the run never learned, the probe never rose by `least`, or step 0 was not probed. Steps lie
     between recorded ones, so a lead is no finer than the spacing of evaluations and recorded weights. A run without probes has one
     row, without a feature; and where none has any, this instrument asks of the loss alone.
 
@@ -100,6 +105,12 @@ class Transition(StoreInstrument):
     `loudness` is decided by it: quiet (all beyond `same`: readable before the loss moves), loud (none beyond: with the
     loss, or after), undecided, which records coarser than `same` often are; null where `missing` says why: never readable,
     loss never fell, untrained network not probed, readable untrained, too rare to tell from a guess.
+
+    Means are of those runs in which both came (`runs` of `of`). Of others one only is known: `behind` counts runs whose loss fell while the
+    feature never became readable, `ahead` those whose feature was readable while the loss never fell, or before training. The mean's
+    lower bound says nothing of the former, its upper one nothing of the latter: a verdict takes that bound from the median run
+    instead, where these count (`median_low`, `median_high`; of change points `median_change_low`, `median_change_high`: the
+    interval of the sign test, which needs six runs at 95 %).
 
     Per group and curve (`loss`, or a feature), table `change`: the change point, as `change_point` of instruments/crossings.py, in
     steps and in FLOPs; t interval over seeds of its logarithm, widened by the recorded steps that it lies between. The loss
@@ -143,17 +154,19 @@ class Transition(StoreInstrument):
         return {key: self._feature(by_site, guesses.get(key, {})) for key, by_site in _nested(table).items()}
 
     def _feature(self, by_site: BySite, guesses: Mapping[str, float] | None = None) -> Course:
-        site = max(by_site, key=lambda name: by_site[name][-1][1])
+        site = max(by_site, key=lambda name: max(score for _, score in by_site[name]))
         steps, score = zip(*by_site[site], strict=True)
         if steps[0] > 0:
             return Course(steps, score, None, None, NO_START)
-        if score[-1] - score[0] < self.least:
+        peak = max(score)
+        if peak - score[0] < self.least:
             guess = (guesses or {}).get(site, 0.0)
             early = EARLY if score[0] - guess >= (1 - guess) / 2 else GUESSED  # of what a guess leaves the untrained one reads half
             return Course(steps, score, None, None, NEVER_READ if score[0] < 1 - self.least else early)
-        level = (score[0] + score[-1]) / 2
-        step = crossing(steps, score, level)
-        return Course(steps, score, level, step, "" if step else NEVER_READ)
+        level = (score[0] + peak) / 2
+        until = 1 + max(i for i, s in enumerate(score) if s >= max(peak - self.least, level))
+        step = crossing(steps[:until], score[:until], level)
+        return Course(steps, score, level, step, "" if step else NEVER_READ, until=until)
 
     def _lead(self, pairs: list[tuple[Course, Course]]) -> dict[str, Any]:
         known = [
@@ -165,11 +178,16 @@ class Transition(StoreInstrument):
         if not known:
             return row | {"missing": "; ".join(sorted({a.missing or b.missing for a, b in pairs}))}
         leads, brackets, blurs = zip(*known, strict=True)
-        mean, low, high = interval(leads, self.confidence)
-        change, change_low, change_high = spanning(brackets, self.confidence)
-        row["verdict"] = verdict(low, high, self.same, ("leads", "lags", "no lead"), float(np.mean(blurs)))
-        row |= {"mean": mean, "low": low, "high": high, "change": change, "change_low": change_low, "change_high": change_high}
-        return row | {"loudness": loudness(change_low, change_high, self.same)}
+        (mean, *ends), (change, *spans) = interval(leads, self.confidence), spanning(brackets, self.confidence)
+        row |= dict(zip(("mean", "low", "high", "change", "change_low", "change_high"), (mean, *ends, change, *spans), strict=True))
+        every = [told for a, b in pairs if a.seen and b.seen and (told := b.seen.before(a.seen)).told]
+        ahead, behind = (sum(math.isinf(lead.change[end]) for lead in every) for end in (1, 0))
+        medians = [among([getattr(lead, name) for lead in every], self.confidence) for name in ("half", "change")]
+        row |= dict(zip(("median_low", "median_high", "median_change_low", "median_change_high"), sum(medians, ()), strict=True))
+        row |= {"ahead": ahead, "behind": behind}
+        half, changed = ((m[0] if behind else low, m[1] if ahead else high) for m, (low, high) in zip(medians, (ends, spans), strict=True))
+        row["verdict"] = verdict(*half, self.same, ("leads", "lags", "no lead"), float(np.mean(blurs)))
+        return row | {"loudness": loudness(*changed, self.same)}
 
     def _change(self, group: Group, name: str, members: list[Course]) -> dict[str, Any]:
         known = [decades(c.change) for c in members if c.change]
@@ -197,10 +215,12 @@ _TRANSITION = pa.schema(
     + [(n, pa.float64()) for n in ("level", "loss_step", "feature_step", "lead", "loss_change", "feature_change")]
 )
 _LEAD = pa.schema(
-    [("group", pa.string()), ("feature", pa.string()), ("runs", pa.int64()), ("of", pa.int64())]
+    [("group", pa.string()), ("feature", pa.string())]
+    + [(n, pa.int64()) for n in ("runs", "of", "ahead", "behind")]
     + [(n, pa.float64()) for n in ("mean", "low", "high")]
     + [("verdict", pa.string())]
     + [(n, pa.float64()) for n in ("change", "change_low", "change_high")]
+    + [(n, pa.float64()) for n in ("median_low", "median_high", "median_change_low", "median_change_high")]
     + [("loudness", pa.string()), ("missing", pa.string())]
 )
 _CHANGE = pa.schema(

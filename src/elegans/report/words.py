@@ -138,7 +138,14 @@ def _one_group(lead: Lead) -> str:
     verdict = VERDICTS.get(lead.verdict, lead.verdict)
     n = f"{lead.runs} of {plural(lead.of, 'run')}{where}"
     size = f"{_interval(lead, sign)} decades of steps {side} the loss falls (a factor of {10 ** abs(lead.mean):.2g})"
-    return f"In {n}, {the(lead.feature)} is decodable {size}: {verdict}."
+    return f"In {n}, {the(lead.feature)} is decodable {size}: {verdict}.{_left_out(lead)}"
+
+
+def _left_out(lead: Lead) -> str:
+    """The runs that the mean says nothing of."""
+    said = [f"{plural(lead.ahead, 'run')} where it was readable before training, or while the loss never fell"] if lead.ahead else []
+    said += [f"{plural(lead.behind, 'run')} where the loss fell and it never was readable"] if lead.behind else []
+    return f" The mean leaves out {', and '.join(said)}; the verdict does not." if said else ""
 
 
 def _interval(lead: Lead, sign: int = 1) -> str:
