@@ -11,7 +11,7 @@ import elegans as el
 import elegans.instruments.ablate as module
 from elegans.errors import Invalid
 from elegans.instruments.ablate import SAME, Ablate, Asked, Removal, best, measured, orthonormal, summary
-from elegans.instruments.probe import fit, meeting, reads, vectors
+from elegans.instruments.probe import Reads, fit, meeting, reads, vectors
 from elegans.models.handmade import DIRECTIONS, adder
 from elegans.randomness import Purpose, key_for
 from elegans.tasks import Addition, MajorityOfMajority, Mixture
@@ -50,6 +50,17 @@ def test_the_carry_is_causal(ablated, method):
     assert rows["exact_match"][rows["direction"] == "feature"] < 0.2  # 0.75^8 = 0.1 of the sums carry nothing
     assert rows["loss"][rows["direction"] == "feature"] > 0.5
     assert rows["exact_match"][rows["direction"] == "random"].mean() > 0.8
+
+
+def test_random_labels_are_fitted_to_where_the_feature_is_removed():
+    """Three sites, of which the second has the feature and the third the most directions to fit random labels by."""
+    n, rng = 64, np.random.default_rng(0)
+    y = rng.integers(0, 2, (1, 2, n)).astype(np.float32)
+    x = rng.normal(size=(3, 2, n, 32)).astype(np.float32) * np.array([[0], [0], [1]])[..., None, None]
+    x[1, ..., 0] += 3 * y[0]
+    removals, _ = Ablate(draws=2)._planned(Reads(jnp.asarray(x), jnp.asarray(y), jnp.ones((2, n)), "binary"), jax.random.key(0))
+    by_name = dict(zip(["nothing", *(d["direction"] for d in Ablate(draws=2)._directions())], np.asarray(removals.layer), strict=True))
+    assert all((layer == 1).all() for layer in by_name.values()) and "labels" in by_name
 
 
 def test_intervals_hold_their_value(ablated):

@@ -85,8 +85,9 @@ def leads(rows: pa.Table, each: pa.Table) -> list[Lead]:
         mean, low, high = (number(row[name]) for name in ("mean", "low", "high"))
         counts = int(row["runs"] or 0), int(row["of"] or 0)
         verdict = row["verdict"] or "undecided"
-        said = row.get("loudness") or "", row.get("missing") or Lead.missing, row.get("ahead") or 0, row.get("behind") or 0
-        found.append(Lead(row["group"] or "", row["feature"], *counts, mean, low, high, verdict, single, *said))
+        said = row.get("loudness") or "", row.get("missing") or Lead.missing
+        left_out = int(row.get("ahead") or 0), int(row.get("behind") or 0)
+        found.append(Lead(row["group"] or "", row["feature"], *counts, mean, low, high, verdict, single, *said, *left_out))
     return sorted(found, key=lambda lead: lead.feature)
 
 

@@ -38,7 +38,7 @@ class Ablate(ReplicaInstrument):
     of test rows (`base_exact_match` is the ceiling); `_low` and `_high` bound their 95 % interval over test rows
     (Bayesian bootstrap; that of an exact match of 0 or 1 has no width). Controls, by `direction`: `random`, the same with
     random directions, projected to 0; `matched`, a step along random directions as long as the feature's own;
-    `labels`, the directions of probes fitted to random labels. `draw` counts a control's repetitions.
+    `labels`, the directions of probes fitted to random labels at the same site. `draw` counts a control's repetitions.
     """
 
     features: tuple[str, ...] = field((), "features to ablate; empty: all")
@@ -79,7 +79,9 @@ class Ablate(ReplicaInstrument):
         """No removal, then all of each method, stacked; and a key for what follows."""
         for_labels, for_random, for_bounds = jax.random.split(key, 3)
         both = with_random_labels(for_labels, r)
-        true, wrong = (best(p, r._replace(y=y)) for p, y in zip(halves(fit(both, self.c)), halves(both.y), strict=True))
+        (true_probes, wrong_probes), (y, wrong_y) = halves(fit(both, self.c)), halves(both.y)
+        true = best(true_probes, r._replace(y=y))
+        wrong = found_at(true.layer, wrong_probes, r._replace(y=wrong_y))
         nothing = Removal(true.layer, *(jnp.zeros_like(a) for a in (true.basis, true.basis, true.plane, true.layer[0], true.basis)))
         removals = [nothing] + [removal for method in self.methods for removal in self._removals(method, true, wrong, for_random)]
         return jax.tree.map(lambda *v: jnp.stack(v), *removals), for_bounds
@@ -172,7 +174,11 @@ class Removal(NamedTuple):
 
 def best(probes: Probes, r: Reads) -> Found:
     """Read by read, the site whose probes have the lowest mean training loss, and the span of their directions."""
-    layer = jnp.argmin(probes.loss.mean(0), 0)
+    return found_at(jnp.argmin(probes.loss.mean(0), 0), probes, r)
+
+
+def found_at(layer: Int[Array, " read"], probes: Probes, r: Reads) -> Found:
+    """The span of probes' directions at some sites, read by read."""
     w = jnp.take_along_axis(probes.w, layer[None, None, :, None], 1)[:, 0]  # [label, read, d_model]
     b = jnp.take_along_axis(probes.b, layer[None, None], 1)[:, 0]
     there = r.counted > 0
