@@ -319,7 +319,7 @@ def test_an_ablation_is_judged_within_the_runs_that_learned(store, page):
         ((Against("random", 0.9, NONE, 3, 0.5, -0.4, 1.4),), "more than every draw): undecided."),
         (
             (Against("random", 0.9, NONE, 3, 0.5, 0.4, 0.6), Against("labels", 0.42, NONE, 2, 0.02, -0.01, 0.04)),
-            "and 0.02 [−0.01, 0.04] more than directions fitted to random labels take: no more than chance directions do.",
+            "and 0.02 [−0.01, 0.04] more than directions fitted to random labels take: undecided.",
         ),
         ((), "no random direction was removed for comparison."),
     ],

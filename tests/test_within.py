@@ -61,10 +61,12 @@ def test_runs_that_did_not_learn_are_left_out_and_counted() -> None:
 
 
 def test_every_control_that_was_drawn_must_leave_more() -> None:
+    """Steps of equal length take as much, random directions do not: which of the two the feature is like is not decided."""
     made = rows([1.0] * 3, [0.5, 0.5, 0.51], [0.0] * 3).to_pylist()
     matched = [row | {"direction": "matched", "exact_match": 0.5} for row in made if row["direction"] == "random"]
     (effect,) = within(pa.Table.from_pylist(made + matched), runs([True] * 3))
-    assert [a.control for a in effect.against] == ["random", "matched"] and effect.verdict == UNUSED
+    assert [a.control for a in effect.against] == ["random", "matched"] and effect.verdict == UNDECIDED
+    assert {a.verdict for a in effect.against} == {USED, UNUSED}
 
 
 def test_intervals_over_runs_hold_the_true_difference() -> None:

@@ -104,7 +104,7 @@ def test_groups_are_compared_curve_by_curve() -> None:
 def test_what_is_seen_of_a_curve() -> None:
     rise = Transition()._feature({"resid.0": [(0, 0.5), (1, 0.5), (10, 0.5), (100, 0.9), (1000, 1.0)]})
     assert rise.seen.change == (1.0, 2.0) and 1 < rise.seen.half[0] < 2 and rise.seen.reached
-    never = Transition()._feature({"resid.0": [(0, 0.5), (1000, 0.51)]})
+    never = Transition()._feature({"resid.0": [(0, 0.5), (1000, 0.51)]}, {"resid.0": 0.5})
     assert never.missing == NEVER_READ and never.seen == Seen((3.0, np.inf), (3.0, np.inf)) and not never.seen.reached
     known = Transition()._feature({"embed": [(0, 0.99), (10, 1.0)]})
     assert known.seen.half[0] == -np.inf

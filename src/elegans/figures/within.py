@@ -52,9 +52,9 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """Used where every control leaves surely more."""
+        """Used where every control leaves surely more, unused where none does; undecided where they disagree."""
         found = {a.verdict for a in self.against}
-        return next((v for v in (UNDECIDED, UNUSED, USED) if v in found), "not compared")
+        return found.pop() if len(found) == 1 else UNDECIDED if found else "not compared"
 
 
 def within(rows: pa.Table, runs: Catalogue) -> list[Effect]:

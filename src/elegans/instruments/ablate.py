@@ -37,8 +37,8 @@ class Ablate(ReplicaInstrument):
     `loss` in nats per scored token (`base_loss` without ablation, chance is the task's plateau), `exact_match` a share
     of test rows (`base_exact_match` is the ceiling); `_low` and `_high` bound their 95 % interval over test rows
     (Bayesian bootstrap; that of an exact match of 0 or 1 has no width). Controls, by `direction`: `random`, the same with
-    random directions, projected to 0; `matched`, a step along random directions as long as the feature's own;
-    `labels`, the directions of probes fitted to random labels at the same site. `draw` counts a control's repetitions.
+    random directions, projected to 0; `matched`, a step along random directions as long as the feature's own; `labels`, one along
+    the directions of probes fitted to random labels at the same site. `draw` counts a control's repetitions.
     """
 
     features: tuple[str, ...] = field((), "features to ablate; empty: all")
@@ -106,7 +106,7 @@ class Ablate(ReplicaInstrument):
         made = [removal(true, own, own, true.plane)]
         made += [removal(true, u, u, jnp.zeros_like(true.plane)) for u in random]
         made += [removal(true, own, u, true.plane) for u in random]
-        return [*made, removal(wrong, other, other, wrong.plane)]
+        return [*made, removal(true, own, other, true.plane)]
 
     def _directions(self) -> list[dict[str, Any]]:
         counts = {"feature": 1, "random": self.draws, "matched": self.draws, "labels": 1}

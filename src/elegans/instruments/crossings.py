@@ -125,13 +125,13 @@ def beyond(first: int, second: int, confidence: float) -> int:
 def verdict(low: float | None, high: float | None, same: float, words: tuple[str, str, str], blur: float = 0.0) -> str:
     """What an interval says: above zero, below it, or within `same` of it, in these words; else undecided.
 
-    A missing bound is an infinite one. What is nearer to zero than `blur` is not told from it.
+    A missing bound is an infinite one. Both bounds may be wrong by `blur`.
     """
     if low is not None and low > blur:
         return words[0]
     if high is not None and high < -blur:
         return words[1]
-    return words[2] if low is not None and high is not None and -same < low and high < same else "undecided"
+    return words[2] if low is not None and high is not None and -same < low - blur and high + blur < same else "undecided"
 
 
 def spanning(brackets: Sequence[Bracket], confidence: float) -> tuple[float, float | None, float | None]:

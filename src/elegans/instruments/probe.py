@@ -136,8 +136,9 @@ class Probe(ReplicaInstrument):
       categorical  one for each class against the rest: accuracy of the likeliest, log loss of the normalised probabilities
       number       least squares: `mse` (the number's unit squared), `r2` (share of the variance, below 0: worse than the mean)
     A probe's score is its accuracy, or its r2. `chance` is the score of always guessing the most frequent value (r2: 0),
-    the ceiling 1. Controls: `control`, the score after fitting to the labels of random other examples (Hewitt and
-    Liang 2019), and `untrained`, that of the same probe on the network before training, null where step 0 was not
+    the ceiling 1. Controls: `control`, the score after fitting to the labels of random other examples, in training and test: what is
+    above chance there comes of neither vectors nor labels; and `untrained`, that of the same probe on the network before
+    training, which says what the vectors' size and the tokens in them give away, null where step 0 was not
     recorded. `index` counts the reads; what no test example has is left out.
     """
 

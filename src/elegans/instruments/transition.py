@@ -91,20 +91,23 @@ class Transition(StoreInstrument):
 
     Per run, table `transition`: `loss_step`, the step at which validation loss has fallen half-way from the
     plateau to the floor for good; `feature_step`, the step at which the probes' score (accuracy; r2 of a number),
-    averaged over reads and labels (r2 below 0 as 0) at the site where it is ever best, has risen half-way from untrained to its
-    best for good, as long as it stays within `least` of that: what is forgotten later was readable all the same; `lead` =
-    log10(loss_step / feature_step), in decades of training steps (the same as decades of FLOPs), positive where the feature came
-    first. Missing where the run never learned, the probe never rose by `least`, or step 0 was not probed. Steps lie
+    averaged over reads and labels (r2 below 0 as 0) at the site that is best at the end, has risen half-way from untrained to its
+    end; `lead` = log10(loss_step / feature_step), in decades of training steps (the same as decades of FLOPs), positive where the
+    feature came first. What is forgotten was readable all the same: where three recordings in a row were all better than the end
+    by more than `least`, half-way is to the worst of the best three, at the site where it is best, and what comes after them does
+    not count. Missing where the run never learned, the probe never rose by `least`, or step 0 was not probed. Steps lie
     between recorded ones, so a lead is no finer than the spacing of evaluations and recorded weights. A run without probes has one
     row, without a feature; and where none has any, this instrument asks of the loss alone.
 
     Per group of runs that differ by seed alone, table `lead`: mean, interval over seeds, and the verdict: leads,
     lags (the whole interval farther from zero than half of the distance between the recorded steps, which all seeds share, may move it),
-    no lead (all of it within `same` of zero), undecided. Chance level 0; no ceiling. `change` is the mean lead of the
-    change points, and its interval `change_low`, `change_high` holds wherever between two recorded steps each of them was;
-    `loudness` is decided by it: quiet (all beyond `same`: readable before the loss moves), loud (none beyond: with the
-    loss, or after), undecided, which records coarser than `same` often are; null where `missing` says why: never readable,
-    loss never fell, untrained network not probed, readable untrained, too rare to tell from a guess.
+    no lead (all of it within `same` of zero, wherever these steps move it), undecided. Chance level 0; no ceiling. `change` is the
+    mean lead of the change points, and its interval `change_low`, `change_high` holds wherever between two recorded steps each of
+    them was. `loudness`: quiet (readable before the loss moves: all of both intervals beyond `same`), loud (with the loss, or after:
+    nothing of either beyond), else undecided. A feature of which part becomes readable while the loss falls to its plateau, and the
+    rest with the transition, has an early change point and a late half. Change points of what is recorded ten times a decade are known
+    to 0.1 decades, so that a feature that comes with the loss is undecided there. Null where `missing` says why: never readable, loss
+    never fell, untrained network not probed, readable untrained, too rare to tell from a guess.
 
     Means are of those runs in which both came (`runs` of `of`). Of others one only is known: `behind` counts runs whose loss fell while the
     feature never became readable, `ahead` those whose feature was readable while the loss never fell, or before training. The mean's
@@ -154,17 +157,20 @@ class Transition(StoreInstrument):
         return {key: self._feature(by_site, guesses.get(key, {})) for key, by_site in _nested(table).items()}
 
     def _feature(self, by_site: BySite, guesses: Mapping[str, float] | None = None) -> Course:
-        site = max(by_site, key=lambda name: max(score for _, score in by_site[name]))
+        at_end = {name: points[-1][1] for name, points in by_site.items()}
+        at_best = {name: held([score for _, score in points]) for name, points in by_site.items()}
+        forgotten = max(at_best.values()) - max(at_end.values()) > self.least
+        found = at_best if forgotten else at_end
+        site = max(found, key=lambda name: found[name])
         steps, score = zip(*by_site[site], strict=True)
         if steps[0] > 0:
             return Course(steps, score, None, None, NO_START)
-        peak = max(score)
-        if peak - score[0] < self.least:
+        if found[site] - score[0] < self.least:
             guess = (guesses or {}).get(site, 0.0)
-            early = EARLY if score[0] - guess >= (1 - guess) / 2 else GUESSED  # of what a guess leaves the untrained one reads half
-            return Course(steps, score, None, None, NEVER_READ if score[0] < 1 - self.least else early)
-        level = (score[0] + peak) / 2
-        until = 1 + max(i for i, s in enumerate(score) if s >= max(peak - self.least, level))
+            early = score[0] - guess >= (1 - guess) / 2  # of what a guess leaves the untrained one reads half
+            return Course(steps, score, None, None, EARLY if early else NEVER_READ if score[0] < 1 - self.least else GUESSED)
+        level = (score[0] + found[site]) / 2
+        until = max(i for i, s in enumerate(score) if s >= found[site]) + 1 if forgotten else len(score)
         step = crossing(steps[:until], score[:until], level)
         return Course(steps, score, level, step, "" if step else NEVER_READ, until=until)
 
@@ -187,7 +193,8 @@ class Transition(StoreInstrument):
         row |= {"ahead": ahead, "behind": behind}
         half, changed = ((m[0] if behind else low, m[1] if ahead else high) for m, (low, high) in zip(medians, (ends, spans), strict=True))
         row["verdict"] = verdict(*half, self.same, ("leads", "lags", "no lead"), float(np.mean(blurs)))
-        return row | {"loudness": loudness(*changed, self.same)}
+        said = {loudness(*ends, self.same) for ends in (half, changed)}
+        return row | {"loudness": said.pop() if len(said) == 1 else "undecided"}
 
     def _change(self, group: Group, name: str, members: list[Course]) -> dict[str, Any]:
         known = [decades(c.change) for c in members if c.change]
@@ -234,6 +241,12 @@ _COURSE = pa.schema(
     + [("step", pa.int64()), ("flops", pa.float64()), ("runs", pa.int64())]
     + [(n, pa.float64()) for n in ("mean", "low", "high")]
 )
+
+
+def held(score: Sequence[float], recordings: int = 3) -> float:
+    """The highest level that so many recordings in a row reach, or that the last one does: one alone may be high by luck."""
+    windows = [min(score[i : i + recordings]) for i in range(len(score) - recordings + 1)]
+    return max([score[-1], *windows])
 
 
 def _losses(store: Store) -> dict[str, Course]:
