@@ -250,7 +250,7 @@ def test_a_lead_in_words(row, said):
 def test_loudness_in_words(loudness, said):
     rows = [lead(0.4, 0.2, 0.6, "leads", group=f"lr={i}", loudness=name) for i, name in enumerate(loudness)]
     (sentence,) = words.answer(rows, [], [], Catalogue({}))
-    assert sentence.endswith(f" By change points, wherever between two recorded steps they were, {said}")
+    assert sentence.endswith(f" By half-way points and change points alike, wherever between two recorded steps these were, {said}")
 
 
 def scaled_task(loss: list[float], half=(None, None, None)) -> Scaled:

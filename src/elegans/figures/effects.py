@@ -50,7 +50,7 @@ class Lead:
     high: float | None
     verdict: str
     each: np.ndarray  # the leads of the group's runs
-    loudness: str = ""  # quiet, loud or undecided, by change points; empty where it was not decided
+    loudness: str = ""  # quiet, loud or undecided, by half-way and change points alike; empty where it was not asked
     missing: str = "not measured"  # why there is no mean
     ahead: int = 0  # runs that the mean leaves out, since the loss never fell, or the feature was readable before training
     behind: int = 0  # since the feature never became readable
@@ -61,7 +61,7 @@ class Lead:
 
     @property
     def said(self) -> str:
-        """Its verdict, half-way first, by change points second where these decide."""
+        """Its verdict by half-way points, and that by change points, too, where there is one."""
         return f"{self.verdict}, {self.loudness}" if self.loudness in ("quiet", "loud") else self.verdict
 
 
@@ -156,10 +156,11 @@ def lead_caption(found: list[Lead], shown: int) -> str:
     """What the forest plot shows."""
     cut = f" The first {shown} of {len(found)} rows are drawn." if shown < len(found) else ""
     return (
-        "How long before the loss falls half-way from plateau to floor the probe is half-way from its untrained level to its best, "
+        "How long before the loss falls half-way from plateau to floor the probe is half-way from its untrained level to its end, "
         "in decades of optimiser steps (0.3 is a factor of two); right of zero, the feature came first. Dots: runs that reached both. "
-        "Diamonds: means, with their 95 % interval over runs. n: runs that reached both, of all in the group. Verdicts, by half-way points "
-        f"and then, quiet or loud, by change points, also count runs in which only one of the two came.{cut}"
+        "Where it forgets, its best counts instead. Diamonds: means, with their 95 % interval over runs. n: runs that reached both, of all "
+        "in the group. Verdicts are by half-way points, quiet or loud by these and change points alike; they also count runs in which "
+        f"only one of the two came.{cut}"
     )
 
 

@@ -118,14 +118,14 @@ def _lead_sentence(feature: str, groups: list[Lead]) -> str:
 
 
 def _loudness(groups: list[Lead]) -> str:
-    """Whether the feature is quiet or loud, where change points decided it or could not."""
+    """Whether the feature is quiet or loud, where half-way and change points decided it or could not."""
     counts = Counter(g.loudness for g in groups if g.loudness)
     if not counts:
         return ""
     known = ", ".join(f"{name} in {counts[name]} of {plural(len(groups), 'group')}" for name in QUIETNESS if counts[name])
     said = next(iter(counts)) if len(groups) == 1 else known
     meaning = ": readable before the loss moves" if set(counts) == {"quiet"} else ""
-    return f" By change points, wherever between two recorded steps they were, it is {said}{meaning}."
+    return f" By half-way points and change points alike, wherever between two recorded steps these were, it is {said}{meaning}."
 
 
 def _one_group(lead: Lead) -> str:
