@@ -136,7 +136,8 @@ on l."group" = c."group" and l.feature = c.curve where l.feature = {queries.quot
     lines = (_line(rows, rows["curve"] == curve) for curve in ("loss", feature))
     among = tables.ask(f'select count(distinct "group") as n from course where task = {queries.quoted(task)}').to_pylist()[0]["n"]
     which = [part for part in lead["group"].split(", ") if not part.startswith("task=") and not part.endswith("=None")]
-    note = ", ".join(["within runs", *(which if among > 1 else []), f"n = {lead['runs']} of {lead['of']}"])
+    both = f", both in {lead['runs']}" if lead["runs"] < lead["of"] else ""  # the curves are means of all
+    note = ", ".join(["within runs", *(which if among > 1 else []), f"n = {lead['of']}{both}"])
     return Beside(next(lines), next(lines), number(next(iter(untrained), None)), loss, seen, said, note)
 
 
