@@ -65,7 +65,7 @@ class Scaling(StoreInstrument):
     match). The chance level of the loss is `plateau`, its best `floor`.
 
     Configurations are compared by the seeds that all of them have. Where the first few have three other seeds or more (`elegans run STUDY
-    seed=1..4 --best 3` trains them), these choose among the few, and they alone are reported.
+    seed=10..13 --best 3` trains them), these choose among the few, and they alone are reported.
 
     Table `scaling_fit`, a row per task and quantity, with bootstrap intervals over seeds (every configuration's seeds drawn
     again, the best one chosen again): `leaves`, FLOPs at which the curve has fallen by `share` of the way from plateau to

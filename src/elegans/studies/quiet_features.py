@@ -13,7 +13,7 @@ Ten algorithmic languages, each trained at 7 widths, 2 depths, 4 learning rates 
 fresh data, AdamW with warm-up and cosine. Every configuration is a run of its own; budgets, learning rates and
 seeds of one architecture and task train in one cohort, 280 in all, of which a GPU takes several tasks in one program (about 50 to
 1e14 FLOPs). Three seeds up to 1e13 FLOPs, one beyond.
-`scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss; `seed=1..4 --best 3`, run
+`scaling` takes the configuration with the smallest validation loss at every budget and reports its test loss; `seed=10..13 --best 3`, run
 into the same store, trains more seeds of the three best, which then choose among them and say how sure that is.
 
 Weights of the grid are not kept: a state of its largest model has 600 MB, and would take longer to write than most runs take to
