@@ -18,7 +18,7 @@ from elegans.errors import Invalid, StoreError
 from elegans.figures import Drawing, save_paper_figures
 from elegans.files import read_json, write_json
 from elegans.instruments.base import Instrument, ReplicaInstrument, measure, silent
-from elegans.instruments.frontier import configuration, leading
+from elegans.instruments.frontier import key, leading
 from elegans.store import Store
 from elegans.tasks.checks import check_custom
 from elegans.training.cohort import group, resolve
@@ -83,7 +83,7 @@ class Study:
         if most is None:
             return self
         wanted = leading(Store(path), most)
-        kept = [run for run in self.runs if configuration(specs.to_dict(run)) in wanted]
+        kept = [run for run in self.runs if key(specs.to_dict(run)) in wanted]
         if not kept:
             raise Invalid("best", most, f"allowed: where {path} has finished runs of {self.name}, with validation losses")
         return dataclasses.replace(self, runs=kept)

@@ -134,13 +134,18 @@ def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
     return kept, {name: task for name, task in tasks.items() if any(e.task == name for e in kept)}
 
 
-def leading(store: Store, most: int) -> list[dict[str, Any]]:
-    """The first so many configurations of every task and budget, see `configuration`."""
+def leading(store: Store, most: int) -> set[str]:
+    """The first so many configurations of every task and budget, see `key`."""
     ended, tasks = ended_runs(store)
     specs_of = {line["run"]: line["spec"] for line in store.lines()}
     found = [by_budget([e for e in ended if e.task == name]).values() for name in tasks]
     best = [c.compared[0].run for budgets in found for candidates in budgets for c in ranked(candidates)[:most]]
-    return [configuration(specs_of[run]) for run in best]
+    return {key(specs_of[run]) for run in best}
+
+
+def key(spec: dict[str, Any]) -> str:
+    """Equal of runs of one configuration at one budget."""
+    return json.dumps(configuration(spec), sort_keys=True)
 
 
 def configuration(spec: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from elegans.instruments.crossings import (
     crossing,
     decades,
     interval,
-    lead_of,
     loudness,
     spanning,
     verdict,
@@ -175,20 +174,17 @@ class Transition(StoreInstrument):
         return Course(steps, score, level, step, "" if step else NEVER_READ, until=until)
 
     def _lead(self, pairs: list[tuple[Course, Course]]) -> dict[str, Any]:
-        known = [
-            (math.log10(a.step / b.step), lead_of(a.change, b.change), a.blur + b.blur)
-            for a, b in pairs
-            if a.change and b.change and a.step and b.step
-        ]
+        every = [(a, b, x.before(y)) for a, b in pairs if (y := a.seen) and (x := b.seen)]
+        known = [(math.log10(a.step / b.step), lead.change, a.blur + b.blur) for a, b, lead in every if lead.reached and a.step and b.step]
         row: dict[str, Any] = {"runs": len(known), "of": len(pairs), "verdict": "undecided"}
         if not known:
             return row | {"missing": "; ".join(sorted({a.missing or b.missing for a, b in pairs}))}
         leads, brackets, blurs = zip(*known, strict=True)
         (mean, *ends), (change, *spans) = interval(leads, self.confidence), spanning(brackets, self.confidence)
         row |= dict(zip(("mean", "low", "high", "change", "change_low", "change_high"), (mean, *ends, change, *spans), strict=True))
-        every = [told for a, b in pairs if a.seen and b.seen and (told := b.seen.before(a.seen)).told]
-        ahead, behind = (sum(math.isinf(lead.change[end]) for lead in every) for end in (1, 0))
-        medians = [among([getattr(lead, name) for lead in every], self.confidence) for name in ("half", "change")]
+        told = [lead for *_, lead in every if lead.told]
+        ahead, behind = (sum(math.isinf(lead.change[end]) for lead in told) for end in (1, 0))
+        medians = [among([getattr(lead, name) for lead in told], self.confidence) for name in ("half", "change")]
         row |= dict(zip(("median_low", "median_high", "median_change_low", "median_change_high"), sum(medians, ()), strict=True))
         row |= {"ahead": ahead, "behind": behind}
         half, changed = ((m[0] if behind else low, m[1] if ahead else high) for m, (low, high) in zip(medians, (ends, spans), strict=True))
