@@ -99,14 +99,12 @@ class Ablate(ReplicaInstrument):
         random = [q * spread for q in jax.vmap(lambda u: orthonormal(u, true.plane)[0])(drawn)]
         own, other = true.basis, wrong.basis
 
-        def removal(found: Found, w: Array, u: Array, plane: Array) -> Removal:
-            target = plane if method == "projection" else jnp.einsum("rd,rdm->rm", found.mean, w, precision="highest")
-            return Removal(found.layer, w, u, target, jnp.asarray(method == "resample", found.layer.dtype), found.basis)
+        def removal(w: Array, u: Array, plane: Array) -> Removal:
+            target = plane if method == "projection" else jnp.einsum("rd,rdm->rm", true.mean, w, precision="highest")
+            return Removal(true.layer, w, u, target, jnp.asarray(method == "resample", true.layer.dtype), own)
 
-        made = [removal(true, own, own, true.plane)]
-        made += [removal(true, u, u, jnp.zeros_like(true.plane)) for u in random]
-        made += [removal(true, own, u, true.plane) for u in random]
-        return [*made, removal(true, own, other, true.plane)]
+        by_chance = [removal(u, u, jnp.zeros_like(true.plane)) for u in random]
+        return [removal(own, own, true.plane), *by_chance, *(removal(own, u, true.plane) for u in (*random, other))]
 
     def _directions(self) -> list[dict[str, Any]]:
         counts = {"feature": 1, "random": self.draws, "matched": self.draws, "labels": 1}
