@@ -1,6 +1,7 @@
 """Finished cohorts leave a store as a file and come back bit for bit."""
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import tarfile
@@ -10,8 +11,9 @@ from unittest import mock
 import pyarrow.parquet as pq
 import pytest
 
+import elegans as el
 from elegans import driver
-from elegans.errors import StoreError
+from elegans.errors import Invalid, StoreError
 from elegans.files import write_table
 from elegans.loading import load_study
 from elegans.store import Store
@@ -148,6 +150,17 @@ def test_minutes_end_training_at_a_checkpoint(trained, tmp_path):
     assert order == ["convoy", "measure", "convoy", "measure", "report"]  # what has ended has its rows, however short the time
     kept = {k: v for k, v in files(trained / "store", True).items() if k.name not in ("timings.jsonl", "provenance.json")}
     assert {k: v for k, v in files(tmp_path / "s", True).items() if k in kept} == kept
+
+
+def test_what_follows_from_rows_waits_for_the_first_that_has_ended(trained, tmp_path):
+    study = load_study(str(trained / "archived_study.py"))
+    across = dataclasses.replace(study, runs=study.runs[:1], instruments=(*study.instruments, el.AcrossCompute()))
+    run_study(across, tmp_path / "s", minutes=0.0)
+    assert not Store(tmp_path / "s").has("across_compute") and (tmp_path / "s" / "report.html").exists()
+    with pytest.raises(Invalid, match="needs probes"):  # which nobody is going to measure
+        run_study(dataclasses.replace(across, instruments=across.instruments[1:]), tmp_path / "s")
+    run_study(across, tmp_path / "s")
+    assert Store(tmp_path / "s").has("across_compute")
 
 
 def train_until(runs, store, step=None):

@@ -186,6 +186,24 @@ def test_a_feature_in_two_parts_is_not_quiet_by_the_first_of_them() -> None:
     assert row["change_low"] > 1 and abs(row["mean"]) < 0.1 and row["loudness"] == "undecided"
 
 
+@pytest.mark.parametrize(("by_then", "ahead"), [(0.4, 0.0), (0.0, 0.3), (0.98, 0.0)])
+def test_what_is_done_when_the_loss_reaches_its_plateau_is_told_from_the_rest(by_then, ahead) -> None:
+    """A loss falls from 2 to its plateau of 1 around step 50, and on to 0; of a feature's rise a part comes with the first of these."""
+    pairs = []
+    for at in (4800.0, 5000.0, 5200.0):
+        first, last, rest = course(50.0), course(at), course(at / 10**ahead)
+        values = [a + b - 2 for a, b in zip(first.values, last.values, strict=True)]
+        loss = Course(last.steps, values, -0.5, crossing(last.steps, values, -0.5), "", -1.0)
+        points = [(s, by_then * a + (1 - by_then) * b) for s, a, b in zip(loss.steps, first.values, rest.values, strict=True)]
+        pairs.append((loss, Transition()._feature({"resid.0": points})))
+    row = Transition()._lead(pairs)
+    assert row["done"] == pytest.approx(by_then, abs=0.03)
+    if by_then < 0.95:
+        assert row["rests"] == 3 and row["rest_low"] - 0.02 < ahead < row["rest_high"] + 0.02 and row["rest_high"] - row["rest_low"] < 0.1
+    else:
+        assert row["rests"] == 0 and "rest" not in row  # what is missing is less than counts as learned
+
+
 def test_a_probe_that_is_best_once_by_luck_is_not_readable() -> None:
     """Accuracies on 1,024 rows at chance, recorded 45 times at five sites: none is told from a guess, and a single spike is none."""
     rng, found = np.random.default_rng(0), []

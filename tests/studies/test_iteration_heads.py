@@ -13,8 +13,9 @@ import pytest
 from elegans import replace
 from elegans.driver import train
 from elegans.errors import Invalid, StoreError
+from elegans.figures.catalogue import natural
 from elegans.figures.iteration import fit_law, forgetting, half_ways, joint, law, table
-from elegans.figures.lines import Lines, natural
+from elegans.figures.lines import Lines
 from elegans.figures.transfer import mean, passed, said, speed_ups
 from elegans.instruments import Circuit, measure
 from elegans.instruments.crossings import interval

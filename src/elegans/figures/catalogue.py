@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
@@ -278,3 +279,8 @@ def _task_bounds(spec: dict[str, Any]) -> tuple[float | None, float | None]:
     except Invalid:
         return None, None
     return number(task.floor()), number(task.plateau())
+
+
+def natural(text: str) -> list[Any]:
+    """A key that sorts numbers in text by size."""
+    return [(0, float(part), "") if part[:1].isdigit() else (1, 0.0, part) for part in re.split(r"(\d+\.?\d*(?:e-\d+)?)", text) if part]

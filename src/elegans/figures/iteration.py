@@ -17,7 +17,7 @@ from scipy import optimize
 
 from elegans.errors import StoreError
 from elegans.figures import style
-from elegans.figures.catalogue import COVERAGE
+from elegans.figures.catalogue import COVERAGE, natural
 from elegans.figures.lines import (
     Draw,
     Drawn,
@@ -30,7 +30,6 @@ from elegans.figures.lines import (
     exact_match,
     lines,
     moment,
-    natural,
     panels,
     require,
     share_of,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 
 from elegans.errors import StoreError
 from elegans.figures import style
-from elegans.figures.catalogue import COVERAGE
+from elegans.figures.catalogue import COVERAGE, natural
 from elegans.figures.effects import jitter
 from elegans.figures.paper import LOOK, WIDTH, diamond, name_rows, save
 from elegans.instruments.crossings import SHARE, Bracket, bracket, interval, median
@@ -123,11 +122,6 @@ def moment(store: Store) -> tuple[str, str]:
     """SQL that turns a step of run r into the axis that figures have, and its name: epochs, where there is a finite training set."""
     finite = "train_set" in store.table("runs").column_names
     return ("r.batch / r.train_set", "epoch") if finite else ("1e0", "optimiser step")  # 1.0 would be a decimal
-
-
-def natural(text: str) -> list[Any]:
-    """A key that sorts numbers in text by size."""
-    return [(0, float(part), "") if part[:1].isdigit() else (1, 0.0, part) for part in re.split(r"(\d+\.?\d*(?:e-\d+)?)", text) if part]
 
 
 def summary(**found: Mapping[str, Lines]) -> pa.Table:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from elegans.figures.catalogue import COVERAGE, Catalogue
+from elegans.figures.catalogue import COVERAGE, Catalogue, natural
 from elegans.instruments.crossings import SHARE, interval
 
 Draws = dict[str, dict[str, list[float]]]  # direction (or base) to run to exact matches
@@ -68,7 +68,7 @@ def within(rows: pa.Table, runs: Catalogue) -> list[Effect]:
             bases = found[task, row["feature"], row["method"]].setdefault("base", {})
             bases[row["run"]] = [row["base_exact_match"]]
     learned = set(runs.learned)
-    return [_effect(name, drawn, learned) for name, drawn in sorted(found.items())]
+    return [_effect(name, drawn, learned) for name, drawn in sorted(found.items(), key=lambda item: [natural(part) for part in item[0]])]
 
 
 def _effect(name: tuple[str, str, str], drawn: Draws, learned: set[str]) -> Effect:

@@ -43,6 +43,7 @@ READABLE = f"""select run, feature, site, step, list_avg(list({SCORE}::double or
   list_avg(list(chance::double order by "index", label)) as chance
 from {PROBES} where coalesce(accuracy, r2) is not null group by run, feature, site, step order by run, feature, step, site"""
 LOSSES = "select run, step, loss from metrics where split = 'validation' and loss is not null order by step"
+NEAR = 0.02  # of the way from plateau to floor: so near it a loss is at its plateau
 NEVER_FELL, NEVER_READ, NO_START = "loss never fell", "never readable", "untrained network not probed"
 BySite = dict[str, list[tuple[int, float]]]  # site to steps and what was found there
 EARLY, GUESSED = "readable untrained", "too rare to tell from a guess"
@@ -72,6 +73,16 @@ class Course:
         known = self.steps[: self.until], self.values[: self.until]
         low, high = decades(bracket(*known, self.level)) if self.level is not None else (0.0, 0.0)
         return (high - low) / 2
+
+    @property
+    def reached(self) -> float | None:
+        """The first recorded step at which a loss is at its plateau: above by no more than 2 % of what it has to fall from there."""
+        plateau = self.least - NEAR * 2 * ((self.level if self.level is not None else math.nan) - self.least)
+        return next((float(s) for s, v in zip(self.steps, self.values, strict=True) if v >= plateau), None)
+
+    def at(self, step: float) -> float:
+        """The curve between two recorded steps, by their logarithms."""
+        return float(np.interp(math.log(max(step, EARLIEST)), np.log(np.maximum(self.steps, EARLIEST)), self.values))
 
     @property
     def seen(self) -> Seen | None:
@@ -104,7 +115,9 @@ class Transition(StoreInstrument):
     mean lead of the change points, and its interval `change_low`, `change_high` holds wherever between two recorded steps each of
     them was. `loudness`: quiet (readable before the loss moves: all of both intervals beyond `same`), loud (with the loss, or after:
     nothing of either beyond), else undecided. A feature of which part becomes readable while the loss falls to its plateau, and the
-    rest with the transition, has an early change point and a late half. Change points of what is recorded ten times a decade are known
+    rest with the transition, has an early change point and a late half: `done` is the share of its rise that is done when the loss first
+    comes within 2 % of its plateau, and `rest` the mean lead of the point at which what is missing then is half-way for good, with its
+    interval, over the `rests` runs in which that is more than `least`. Change points of what is recorded ten times a decade are known
     to 0.1 decades, so that a feature that comes with the loss is undecided there. Null where `missing` says why: never readable, loss
     never fell, untrained network not probed, readable untrained, too rare to tell from a guess.
 
@@ -186,11 +199,18 @@ class Transition(StoreInstrument):
         ahead, behind = (sum(math.isinf(lead.change[end]) for lead in told) for end in (1, 0))
         medians = [among([getattr(lead, name) for lead in told], self.confidence) for name in ("half", "change")]
         row |= dict(zip(("median_low", "median_high", "median_change_low", "median_change_high"), sum(medians, ()), strict=True))
-        row |= {"ahead": ahead, "behind": behind}
+        row |= {"ahead": ahead, "behind": behind} | self._rest([(a, b) for a, b in pairs if a.step and b.step])
         half, changed = ((m[0] if behind else low, m[1] if ahead else high) for m, (low, high) in zip(medians, (ends, spans), strict=True))
         row["verdict"] = verdict(*half, self.same, ("leads", "lags", "no lead"), float(np.mean(blurs)))
         said = {loudness(*ends, self.same) for ends in (half, changed)}
         return row | {"loudness": said.pop() if len(said) == 1 else "undecided"}
+
+    def _rest(self, both: list[tuple[Course, Course]]) -> dict[str, Any]:
+        """Of a feature's rise the part that is done when the loss comes to its plateau, and by how much the rest leads."""
+        found = [rest for loss, seen in both if (rest := _rest_of(loss, seen, self.least))]
+        leads = [lead for _, lead in found if lead is not None]
+        row = {"done": float(np.mean([share for share, _ in found])) if found else None, "rests": len(leads)}
+        return row | (dict(zip(("rest", "rest_low", "rest_high"), interval(leads, self.confidence), strict=True)) if leads else {})
 
     def _change(self, group: Group, name: str, members: list[Course]) -> dict[str, Any]:
         known = [decades(c.change) for c in members if c.change]
@@ -224,7 +244,9 @@ _LEAD = pa.schema(
     + [("verdict", pa.string())]
     + [(n, pa.float64()) for n in ("change", "change_low", "change_high")]
     + [(n, pa.float64()) for n in ("median_low", "median_high", "median_change_low", "median_change_high")]
-    + [("loudness", pa.string()), ("missing", pa.string())]
+    + [("loudness", pa.string()), ("done", pa.float64()), ("rests", pa.int64())]
+    + [(n, pa.float64()) for n in ("rest", "rest_low", "rest_high")]
+    + [("missing", pa.string())]
 )
 _CHANGE = pa.schema(
     [(n, pa.string()) for n in ("group", "task", "curve")]
@@ -276,6 +298,16 @@ def _transition(run: str, feature: str | None, loss: Course, seen: Course | None
 def _middle(course: Course) -> float | None:
     """The middle of the recorded steps between which a curve changes."""
     return None if course.change is None else float(10 ** np.mean(decades(course.change)))
+
+
+def _rest_of(loss: Course, seen: Course, least: float) -> tuple[float, float | None] | None:
+    """The share of a feature's rise that is done when the loss comes to its plateau, and the lead of half of the rest, if that is much."""
+    if loss.step is None or loss.reached is None or seen.level is None:
+        return None
+    start, now = seen.values[0], seen.at(loss.reached)
+    top = 2 * seen.level - start
+    step = crossing(seen.steps[: seen.until], seen.values[: seen.until], (now + top) / 2) if top - now > least else None
+    return (now - start) / (top - start), math.log10(loss.step / step) if step else None
 
 
 def _nested(table: pa.Table, value: str = "score") -> dict[tuple[str, str], BySite]:

@@ -20,8 +20,8 @@ Weights of the grid are not kept: a state of its largest model has 600 MB, and w
 train. Networks are probed in `within` and `across`; `record.weights=none` keeps the grid's final ones for `elegans measure`.
 `elegans draw STORE` draws the paper's figures from the store's rows: scaling, quiet and loud features, ablations.
 
-Cost: one seed to 1e14 FLOPs (`seed=0 --max-budget 1e14`, 6,192 runs) takes about an hour of an H100; four more of the three best another
-ten minutes, by prediction; the decade above, by prediction, another hour and a half, and wide models have been slower than predicted.
+Cost: one seed to 1e14 FLOPs (`seed=0 --max-budget 1e14`, 6,192 runs) takes about an hour of an H100; four more of the three best 16
+minutes; the decade above, by prediction, another hour and a half, and wide models have been slower than predicted.
 Stop and go on as you like (`--minutes`); `elegans archive` takes finished cohorts to another machine, with --unfinished those cut off,
 too.
 Expect, from the paper: the best loss leaves its plateau at 1e11 to 1e12 FLOPs for addition; 1e12 to 1e13 for breadth-first
@@ -134,8 +134,9 @@ def changed(task: Task, fields: dict[str, Any]) -> Run:
 
 # ---- parts
 
-TEN = LogSpaced(per_decade=10)
+TEN, FINE, FINER = (LogSpaced(per_decade=n) for n in (10, 20, 40))
 RECORDED = Record(train=TEN, evaluate=TEN, weights=TEN, examples=1000, by_position=False)
+FINELY = Record(train=TEN, evaluate=FINER, weights=FINE, examples=1000, by_position=False)  # 0.1 decades are told from none
 WITHIN = Probe(), Ablate(at="final", draws=16), Transition()
 ACROSS = Probe(at="final"), AcrossCompute()
 PARTS = Parts("quiet_features", lambda make, less: _smaller() if less else make())
@@ -145,15 +146,15 @@ PARTS = Parts("quiet_features", lambda make, less: _smaller() if less else make(
 def within() -> Made:
     """When do a task's intermediate results become readable while one network trains, and does it use them?
 
-    One setting of each task that is learned within 2e13 FLOPs, weights recorded ten times a decade, probed after every block and ablated.
-    Cost: 9 structures x 8 runs (64 of addition, whose leads decide and vary most) x 7,000 to 50,000 steps, and as many programs for probes
-    and ablations.
+    One setting of each task that is learned within 2e13 FLOPs, losses recorded forty times a decade and weights twenty times, probed after
+    every block and ablated. Cost: 9 structures x 8 runs (64 of addition, whose leads decide and vary most) x 7,000 to 50,000 steps, and as
+    many programs for probes and ablations: 16 minutes of two processes, each on a GPU of which another had the rest; 5 GB of weights.
     """
     runs: list[Run] = []
     for task in (task for task in TASKS if not isinstance(task, Multiplication)):
         add = isinstance(task, Addition)
         setting = {"model.d_model": 32, "optim.lr": 1e-2, "flops": 1e12} if add else {"model.d_model": 64, "optim.lr": 1e-3, "flops": 2e13}
-        run = changed(task, setting | {"batch": 8, "record": RECORDED, "label": "{task} seed={seed}"})
+        run = changed(task, setting | {"batch": 8, "record": FINELY, "label": "{task} seed={seed}"})
         runs += grid(run, {"seed": range(64 if add else 8)})
     return runs, WITHIN
 
@@ -164,6 +165,10 @@ def multiplication() -> Made:
 
     Of 8-bit numbers, since 16-bit ones take 1e15 FLOPs: four layers of width 64, batches of 64, 2.2e13 FLOPs (8,000 steps) in float32,
     8 seeds, weights recorded ten times a decade, probed after every block and ablated. Cost: an hour and a half of two CPU cores.
+    On a GPU 16-bit ones, of which half are learned (18 minutes of two processes, each with 8 of 16 seeds, beside another):
+
+        elegans run quiet_features.multiplication task.length=16 model.d_model=128 model.dtype=bfloat16 flops=2e15 seed=0..15
+
     Expect, from the paper (16 bits, carry_16): the first operand and the last carry before the loss.
     """
     setting = {"model.d_model": 64, "model.dtype": "float32", "optim.lr": 1e-3, "flops": 2.2e13}
