@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 
-from elegans.specs import grid
 from elegans.studies.quiet_features import TASKS, changed
+from elegans.sweeps import grid
 from elegans.training import Run
 from elegans.training.cohort import CHUNK, Programs
 from elegans.training.cost import rates_of

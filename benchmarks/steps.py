@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 from traces import kernel_times
 
-from elegans.specs import grid
 from elegans.studies.quiet_features import TASKS, changed
+from elegans.sweeps import grid
 from elegans.training.cohort import Programs
 from elegans.training.cost import flops_per_step, rates_of
 from elegans.training.device import choose

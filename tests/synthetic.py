@@ -12,6 +12,7 @@ from elegans import specs
 from elegans.files import write_json, write_table
 from elegans.models.transformer import Transformer
 from elegans.store import Store
+from elegans.sweeps import grid
 from elegans.tasks.addition import Addition
 from elegans.training.optimisers import AdamW
 from elegans.training.run import Run
@@ -33,7 +34,7 @@ def runs_of(axes: dict[str, Sequence[Any]]) -> list[Run]:
     base = Run(
         task=TASK, model=Transformer(layers=2, d_model=16, heads=2), optim=AdamW(lr=1e-3), batch=64, steps=STEPS, label="lr={optim.lr}"
     )
-    return specs.grid(base, axes)
+    return grid(base, axes)
 
 
 def small() -> list[Run]:
@@ -229,7 +230,7 @@ def grid_store(path: Path, budgets: Sequence[float], loss: Any, scores: dict[str
     `scores` maps a feature to its probe accuracy (flops, d_model, seed) at the site resid.1, None where it was not probed.
     """
     base = Run(task=task, model=Transformer(layers=2, d_model=16, heads=2), optim=AdamW(), batch=64, flops=1e12)
-    runs = specs.grid(base, {"model.d_model": [8, 16], "flops": list(budgets), "seed": range(seeds)})
+    runs = grid(base, {"model.d_model": [8, 16], "flops": list(budgets), "seed": range(seeds)})
     truths = [{"run": run.id, "lr": 1e-3, "diverged": None} for run in runs]
     for width in (8, 16):  # a cohort has one structure
         members = [i for i, run in enumerate(runs) if run.model.d_model == width]

@@ -14,9 +14,10 @@ _HOME = {
     "models": "ALiBi Attention Component Context FeedForward FixedAttention GivenAttention LayerNorm Learned MLP Mixer Model Norm "
     "Positions RMSNorm Rotary Sinusoidal Sizes SwiGLU Transformer",
     "network": "Network load",
-    "specs": "Spec field grid identity note replace spec structure varies",
+    "specs": "Spec field identity note spec structure varies",
     "store": "Store",
     "study": "Study draw_study run_study",
+    "sweeps": "grid replace",
     "tasks": "ActivitySelection Addition BinaryCopy BitParity BreadthFirstSearch Curriculum DepthFirstSearch GraphTask InnerProduct "
     "IterativeTask LongestCommonSubsequence Majority MajorityOfMajority MaximumSubarray MinimumSpanningTree Mixture "
     "Multiplication Parity Polynomial Several ShortestPath Sorting Split Task TopologicalSort check_task",

@@ -23,8 +23,9 @@ from elegans.instruments.base import ReplicaInstrument
 from elegans.instruments.frontier import FINAL
 from elegans.models import Transformer
 from elegans.randomness import Purpose, key_for
-from elegans.specs import find_kind, grid, kinds
+from elegans.specs import find_kind, kinds
 from elegans.store import Store
+from elegans.sweeps import grid, replace_all
 from elegans.tasks import Addition, Task
 from elegans.tasks.base import PARTS
 from elegans.tasks.checks import check_rows, check_task
@@ -62,7 +63,7 @@ def make_task(kind: str, overrides: Mapping[str, Sequence[Any]]) -> Task:
         task: Task = specs.from_dict(Task, {"kind": kind})
     except Invalid as error:
         raise Invalid("task", kind, error.allowed) from None if error.field == "kind" else error
-    return specs.replace_all(task, {path: _single(task, path, values) for path, values in overrides.items()})
+    return replace_all(task, {path: _single(task, path, values) for path, values in overrides.items()})
 
 
 def _single(spec: specs.Spec, path: str, values: Sequence[Any]) -> Any:
@@ -230,7 +231,7 @@ def measure_store(
         instrument: Instrument = specs.from_dict(Instrument, {"kind": kind})
     except Invalid as error:
         raise Invalid("instrument", kind, error.allowed) from None
-    instrument = specs.replace_all(instrument, {path: _single(instrument, path, values) for path, values in overrides.items()})
+    instrument = replace_all(instrument, {path: _single(instrument, path, values) for path, values in overrides.items()})
     with store.lock():
         names = measure_rows(instrument, store, listener, again)
     if not names and isinstance(instrument, ReplicaInstrument) and (again or not store.has(instrument.table)):

@@ -20,6 +20,7 @@ from elegans.errors import Invalid, StoreError
 from elegans.files import read_json
 from elegans.store import Store
 from elegans.study import Study
+from elegans.sweeps import grid
 from elegans.training.device import keep_programs, use_cores
 from elegans.training.run import LENGTHS, Run
 
@@ -142,7 +143,7 @@ def sweep_runs(run: Any, sweep: Mapping[str, Sequence[Any]]) -> list[Run]:
         raise Invalid("run", run, f"allowed: a mapping with {', '.join(Run.infos)}")
     swept = [n for n in LENGTHS if sweep.get(n)]
     start = dict(run) if any(n in run for n in LENGTHS) or not swept else {**run, swept[0]: sweep[swept[0]][0]}
-    return specs.grid(specs.from_dict(Run, start), sweep)
+    return grid(specs.from_dict(Run, start), sweep)
 
 
 def read_yaml(path: Path) -> Any:

@@ -15,6 +15,7 @@ Nested specs are subtrees. Two runs whose trees have the same structure form a c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -74,7 +75,7 @@ def note(default: Any = None, doc: str = "") -> Any:
 # ---- the decorator
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class FieldInfo:
     """What elegans knows of one field of a spec."""
 
@@ -91,6 +92,11 @@ class FieldInfo:
         """The spec class that this field holds (directly or in a tuple), if it holds one."""
         inner = [typing.get_args(t)[0] if typing.get_origin(t) is tuple else t for t in self.types]
         return next((t for t in inner if isinstance(t, type) and issubclass(t, Spec)), None)
+
+    @functools.cached_property
+    def specs(self) -> tuple[type[Spec], ...]:
+        """The spec classes of which it may be one."""
+        return tuple(t for t in self.types if isinstance(t, type) and issubclass(t, Spec))
 
     @property
     def allowed(self) -> str:
@@ -142,6 +148,7 @@ class Spec:
 
     kind: typing.ClassVar[str]
     infos: typing.ClassVar[dict[str, FieldInfo]]
+    _plain: typing.ClassVar[bool] = False  # of an instance: whether all of it was checked; not of one that a tree is put together to
 
     def __new__(cls, *_: Any, **given: Any) -> Any:
         if "infos" not in cls.__dict__:
@@ -150,9 +157,13 @@ class Spec:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        plain = True
         for info in self.infos.values():
-            object.__setattr__(self, info.name, _coerce(info, getattr(self, info.name)))
-        if type(self).check is not Spec.check and not any(map(_is_array, jax.tree.leaves(self))):
+            value = _coerce(info, getattr(self, info.name))
+            object.__setattr__(self, info.name, value)
+            plain = plain and all(map(_is_plain, value if type(value) is tuple else (value,)))
+        object.__setattr__(self, "_plain", plain)
+        if plain:
             self.check()
 
     def check(self) -> None:
@@ -200,20 +211,35 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def _is_plain(value: Any) -> bool:
+    return value._plain if isinstance(value, Spec) else not _is_array(value)
+
+
 def _coerce(info: FieldInfo, value: Any) -> Any:
     if value is None and info.optional:
         return None
+    if isinstance(value, info.specs):
+        return value
+    if type(value) in (int, float, str) and value:  # a grid gives the same ones ten thousand times; -0.0 is another 0.0
+        return _known(info, value)
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.shape):  # a sweep over numpy's numbers
         value = value.item()
     inside = value if isinstance(value, tuple) else (value,)
     if any(_is_array(v) or type(v) is object for v in inside):  # inside a transformation: nothing to check
         return value
+    return _allowed(info, value)
+
+
+def _allowed(info: FieldInfo, value: Any) -> Any:
     for t in info.types:
         accepted = _accept(t, value)
         if accepted is not None:
             _check_bounds(info, accepted)
             return accepted
     raise Invalid(info.name, value, info.allowed)
+
+
+_known = functools.lru_cache(4096, typed=True)(_allowed)
 
 
 def _accept(t: Any, value: Any) -> Any:
@@ -316,7 +342,7 @@ def _from_dict(base: Any, data: Any) -> Any:
     missing = [i.name for i in cls.infos.values() if i.default is dataclasses.MISSING and i.name not in rest]
     if missing:
         raise Invalid(missing[0], None, f"{cls.kind} needs it; {cls.infos[missing[0]].allowed}")
-    return cls(**{k: _field_from_dict(cls.infos[k], v) for k, v in rest.items()})
+    return cls(**{k: field_from_dict(cls.infos[k], v) for k, v in rest.items()})
 
 
 def _check_names(cls: Any, given: Mapping[str, Any]) -> None:
@@ -326,7 +352,8 @@ def _check_names(cls: Any, given: Mapping[str, Any]) -> None:
             raise Invalid(str(name), given[name], f"unknown field of {cls.kind}; allowed: {', '.join(cls.infos)}")
 
 
-def _field_from_dict(info: FieldInfo, value: Any) -> Any:
+def field_from_dict(info: FieldInfo, value: Any) -> Any:
+    """What plain data says of a field, where it says a spec; else the value as it is."""
     if info.optional and value == "none":  # as tables and messages say it
         return None
     if info.base is None or value is None or isinstance(value, (int, float)):
@@ -342,7 +369,7 @@ def identity(value: Spec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-# ---- editing and sweeping
+# ---- fields by their paths
 
 
 def get(value: Any, path: str) -> Any:
@@ -353,46 +380,3 @@ def get(value: Any, path: str) -> Any:
             raise Invalid(path, name, f"unknown field; fields here: {names}")
         value = getattr(value, name)
     return value
-
-
-def replace(value: T, path: str, new: Any) -> T:
-    """A copy with the field at a dotted path changed, to plain data too. The name of a kind alone keeps nothing of the spec before."""
-    return replace_all(value, {path: new})
-
-
-def replace_all(value: T, changes: Mapping[str, Any]) -> T:
-    """A copy with several fields changed at once, so that those that bind each other can be: of a spec first itself, then fields in it."""
-    base: Any = value
-    whole: dict[str, Any] = {}
-    inside: dict[str, dict[str, Any]] = {}
-    for path, new in changes.items():
-        name, _, rest = path.partition(".")
-        get(value, name)
-        if rest:
-            inside.setdefault(name, {})[rest] = new
-        else:
-            whole[name] = _field_from_dict(base.infos[name], new)
-    for name, parts in inside.items():
-        old, kind = whole.get(name, getattr(base, name)), base.infos[name].base
-        try:
-            if old is None and kind is not None:
-                raise Invalid(*next(iter(parts.items())), f"{name} is off; switch it on first, as {name}={kinds(kind)[0]}")
-            whole[name] = replace_all(old, parts)
-        except Invalid as error:
-            raise error.inside(name) from None
-    return dataclasses.replace(base, **whole)
-
-
-def grid(run: T, axes: Mapping[str, Any]) -> list[T]:
-    """Every combination of the axes' values, the last axis fastest; + joins fields: `{"optim.lr": [...], "seed+after.seed": range(4)}`."""
-    if not isinstance(axes, Mapping):
-        raise Invalid("axes", axes, "allowed: a mapping of dotted fields to lists of values")
-    values: dict[str, list[Any]] = {}
-    for path, options in axes.items():
-        if isinstance(options, Mapping) or not isinstance(options, Iterable):
-            raise Invalid(path, options, "an axis is a list of values")
-        values[path] = [options] if isinstance(options, str) else list(options)
-        if not values[path]:
-            raise Invalid(path, [], "an empty sweep makes no runs; give at least one value")
-    choices = itertools.product(*values.values())
-    return [replace_all(run, {path: v for paths, v in zip(values, choice, strict=True) for path in paths.split("+")}) for choice in choices]

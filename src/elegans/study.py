@@ -21,6 +21,7 @@ from elegans.files import read_json, write_json
 from elegans.instruments.base import Instrument, ReplicaInstrument, measure, silent
 from elegans.instruments.frontier import key, leading
 from elegans.store import Store
+from elegans.sweeps import grid
 from elegans.tasks.checks import check_custom
 from elegans.training.cohort import group, resolve
 from elegans.training.convoy import divide
@@ -60,7 +61,7 @@ class Study:
         `trained`, `label`). A parent that is no run of the study stays as it is.
         """
         own = {run.id for run in self.runs} if any(run.after is not None for run in self.runs) else set()  # ids of thousands take a second
-        made = [new for run in self.runs for new in specs.grid(run, {_lineal(path, run, own): values for path, values in axes.items()})]
+        made = [new for run in self.runs for new in grid(run, {_lineal(path, run, own): values for path, values in axes.items()})]
         made = [run for run in made if self.keep is None or self.keep(run)]
         if axes and not made:
             raise Invalid("runs", [], f"none of {self.name} is left after {', '.join(axes)}")

@@ -7,10 +7,11 @@ import pyarrow as pa
 import pytest
 
 import synthetic
-from elegans import At, Record, specs
+from elegans import At, Record
 from elegans.files import write_json, write_table
 from elegans.instruments.frontier import Ended, by_budget, ended_runs
 from elegans.instruments.scaling import Scaling, broken_power_law, power_law
+from elegans.sweeps import grid
 
 BUDGETS = [10.0**k for k in range(9, 16)]
 
@@ -125,7 +126,7 @@ def test_runs_are_pooled_as_seeds_only_where_every_field_is_the_same(tmp_path) -
     """These training sets share the four digits that tables show, and these learning rates those that are printed."""
     base = synthetic.small()[0]
     alike = [{"train_set": [125, 176], "seed": [0, 1]}, {"optim.lr": [0.0123456, 0.01234561], "seed": [0, 1]}]
-    runs = [run for axes in alike for run in specs.grid(base, axes)]
+    runs = [run for axes in alike for run in grid(base, axes)]
     store = synthetic.make(tmp_path, [*runs, base], tables=())  # the last one diverges
     ends = [{"run": r.id, "split": s, "step": 1, "loss": 0.5, "exact_match": 0.5} for r in runs for s in ("validation", "test")]
     write_table(store.cohorts()[0].path / "metrics.parquet", pa.Table.from_pylist(ends))

@@ -14,8 +14,8 @@ directions do not; the lead with its interval is in the report.
 
 from elegans.instruments import Ablate, Probe, Transition
 from elegans.models import Transformer
-from elegans.specs import grid
 from elegans.study import Study
+from elegans.sweeps import grid
 from elegans.tasks import Addition
 from elegans.training import AdamW, Constant, LogSpaced, Record, Run
 

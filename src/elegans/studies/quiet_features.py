@@ -41,10 +41,10 @@ from typing import Any
 from elegans.figures import save_quiet_figures
 from elegans.instruments import Ablate, AcrossCompute, Probe, Scaling, Transition
 from elegans.models import Transformer
-from elegans.specs import grid, replace
 from elegans.store import Store
 from elegans.studies import Made, Parts
 from elegans.study import Study
+from elegans.sweeps import grid, replace
 from elegans.tasks import (
     ActivitySelection,
     Addition,

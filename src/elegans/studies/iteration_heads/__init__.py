@@ -25,7 +25,6 @@ from elegans.figures import Draw, drawing, iteration
 from elegans.figures import transfer as figures
 from elegans.instruments import AttentionMaps, Circuit, Dynamics, Evaluate, Patch, Probe
 from elegans.models import ALiBi, Learned, Positions, Rotary, Sinusoidal
-from elegans.specs import replace
 from elegans.studies import Made, Parts
 from elegans.studies.iteration_heads.settings import (
     FULL,
@@ -43,6 +42,7 @@ from elegans.studies.iteration_heads.settings import (
     taught,
 )
 from elegans.study import Study
+from elegans.sweeps import replace
 from elegans.tasks import BinaryCopy, Curriculum, Mixture, Task
 from elegans.training import SGD, At, Lion, follow
 

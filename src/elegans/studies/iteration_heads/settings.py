@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elegans.models import MLP, LayerNorm, Learned, Positions, Transformer
-from elegans.specs import grid, replace
+from elegans.sweeps import grid, replace
 from elegans.tasks import BinaryCopy, Mixture, Parity, Polynomial, Split, Task
 from elegans.training import AdamW, Every, Record, Run, follow
 
