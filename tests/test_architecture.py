@@ -12,7 +12,8 @@ import elegans
 
 ROOT = Path(elegans.__file__).parent
 LAYERS = (
-    *("errors", "files", "classes", "specs", "sweeps", "sources", "types", "randomness", "tasks", "models", "training", "folder", "store", "network"),
+    *("errors", "files", "classes", "specs", "sweeps", "sources", "types", "randomness"),
+    *("tasks", "models", "training", "folder", "store", "network"),
     *("instruments", "driver", "figures", "report", "study", "archive", "studies", "loading", "progress", "describe", "cli"),
 )  # a module or a folder each, upstream first
 FRONT = "study"  # `import elegans as el` reaches up to here

@@ -128,6 +128,21 @@ def test_training_begins_with_the_program_that_compiles_soonest():
     assert [left[i][0].steps for i in in_turn(left, RATES["gpu"], ahead=True)] == [700, 20, 900, 80, 500]
 
 
+@pytest.mark.parametrize(
+    ("convoys", "first"),
+    [
+        ([(2, 10**7), (1, 100), (1, 500_000)], 2),  # one task is compiled sooner than two, and trains while those are compiled
+        ([(2, 10**7), (1, 100)], 0),  # sooner still, but over before the other is there
+        ([(3, 10**7), (2, 10**6), (1, 50_000)], 1),
+    ],
+)
+def test_training_begins_with_what_fills_the_time_until_the_next_program(convoys, first):
+    tasks = el.Addition(length=3), el.Multiplication(length=4), el.Majority(length=4)
+    runs = [[replace(replace(RUN, "task", task), "steps", steps) for task in tasks[:count]] for count, steps in convoys]
+    left = [(Convoy(tuple(plan(together, 2**30))), 0) for together in runs]
+    assert in_turn(left, RATES["gpu"], ahead=True)[0] == first
+
+
 def test_a_gpu_s_wide_models_in_bfloat16_are_compiled_without_triton_s_products():
     tried = {
         (platform, dtype, d)

@@ -27,6 +27,7 @@ from elegans.training.step import Update
 from elegans.training.transfer import depth, lineage
 
 CALL = 2  # replicas that could be evaluated in the time that a call takes besides
+COMPILING = 4.0, 4.5, 0.6  # rough seconds of a program, of each of its tasks and of each layer, on the cores beside an H100
 HALVED = 0.75  # of a family's time, at most: what half of its runs must take for them to be divided
 
 
@@ -79,6 +80,12 @@ class Convoy:
     def seconds(self, rates: Rates, since: int = 0) -> float:
         """Rough seconds that it takes from a step on."""
         return seconds([plan.runs[0] for plan in self.plans], self.legs, rates, since)
+
+    @property
+    def compiling(self) -> float:
+        """Rough seconds that one of its programs takes to compile: each task adds a sampler, and held-out examples."""
+        whole, task, layer = COMPILING
+        return whole + task * len(self.plans) + layer * layers_of(self.plans[0].runs[0])
 
 
 def gather(convoys: Sequence[tuple[str, ...]]) -> list[list[int]]:
@@ -166,6 +173,14 @@ def _together(plans: list[CohortPlan], rates: Rates) -> list[CohortPlan]:
     return made
 
 
+def _idle(convoy: Convoy, step: int, rates: Rates, others: float) -> float:
+    """Rough seconds for which a device waits for programs where a convoy is the first: for its own two, and for those of `others`."""
+    runs, legs = [plan.runs[0] for plan in convoy.plans], [leg for leg in convoy.legs if leg.stop > step]
+    training = [(leg.stop - max(leg.start, step)) * rates.step(zip(runs, leg.sizes, strict=True)) for leg in legs]
+    second = max(0.0, convoy.compiling - training[0]) if len(legs) > 1 else 0.0
+    return convoy.compiling + second + max(0.0, others - sum(training))
+
+
 # ---- sharing work out
 
 
@@ -234,8 +249,8 @@ def in_turn(left: Sequence[tuple[Convoy, int]], rates: Rates, ahead: bool, minut
     """The order in which to train convoys that have come so many steps far; parents first.
 
     Where programs are compiled `ahead`, a long one and a short one in turn: while the one trains, the programs of the next are compiled;
-    nothing trains before the first, so that it is the longest of those of fewest layers. What does not end within so many `minutes` comes
-    last. Elsewhere the longest first, or the shortest where time is short, so that most finish.
+    nothing trains before the first, so that this is one that is soon compiled and trains for as long as others take to compile. What does
+    not end within so many `minutes` comes last. Elsewhere the longest first, or the shortest where time is short, so that most finish.
     """
     within = float("inf") if minutes is None else 60 * minutes
     spent = [convoy.seconds(rates, step) for convoy, step in left]
@@ -243,7 +258,8 @@ def in_turn(left: Sequence[tuple[Convoy, int]], rates: Rates, ahead: bool, minut
     late = [i for i in reversed(order) if spent[i] > within]
     if ahead:
         fits = [i for i in order if spent[i] <= within]
-        first = min(fits, key=lambda i: layers_of(left[i][0].plans[0].runs[0]), default=None)
+        others = max((left[i][0].compiling for i in fits), default=0.0)
+        first = min(fits, key=lambda i: _idle(*left[i], rates, others), default=None)
         fits.sort(key=lambda i: i != first)
         order = [fits.pop(-1 if n % 2 else 0) for n in range(len(fits))] + late
     elif minutes is not None:
