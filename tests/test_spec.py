@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -236,6 +237,16 @@ def test_fields_that_bind_each_other_change_together_in_any_order() -> None:
         grid(RUN, {"model.heads": [3], "model.d_model": [8]})
     both = grid(RUN, {"model.position": [None], "model.heads+model.layers": [1, 2]})[1].model
     assert (both.position, both.heads, both.layers) == (None, 2, 2)
+
+
+def test_contradictions_are_refused_in_what_came_from_a_tree_too_and_never_while_it_is_traced() -> None:
+    again = jax.tree.map(lambda leaf: leaf, RUN)
+    assert again == RUN
+    for run in (RUN, again):
+        with pytest.raises(Invalid, match="multiple of heads=2"):
+            replace(run, "model.d_model", 7)
+    inside = jax.jit(lambda run: replace(run, "optim.lr", run.optim.lr * 2).optim.lr)  # arrays: nothing to compare
+    assert float(inside(RUN)) == pytest.approx(2e-3)
 
 
 def test_grids_sweep_kinds_whole_specs_and_off() -> None:

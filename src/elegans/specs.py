@@ -212,7 +212,9 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    return value._plain if isinstance(value, Spec) else not _is_array(value)
+    if isinstance(value, Spec):
+        return value._plain or not any(map(_is_array, jax.tree.leaves(value)))  # of one from a tree nobody knows it yet
+    return not _is_array(value)
 
 
 def _coerce(info: FieldInfo, value: Any) -> Any:
