@@ -148,7 +148,7 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
         look()  # what an earlier call had no time for
         for other in study.instruments:
             if other not in networks:
-                with _nothing_yet(store):
+                with _nothing_yet(store, study.runs):
                     measure(other, store, listener)
         listener("report", store.path)
         report.write(store)
@@ -157,12 +157,12 @@ def run_study(study: Study, path: str | Path, listener: Listener = silent, **opt
 
 
 @contextlib.contextmanager
-def _nothing_yet(store: Store) -> Iterator[None]:
-    """Lets an instrument pass that refuses a store in which no run has ended: time was short."""
+def _nothing_yet(store: Store, runs: Sequence[Run]) -> Iterator[None]:
+    """Lets an instrument pass that refuses a store in which none of some runs has ended: time was short."""
     try:
         yield
     except Invalid:
-        if any(cohort.status()["finished"] for cohort in store.cohorts()):
+        if any(cohort.status()["finished"] for cohort in store.only(runs).cohorts()):
             raise
 
 

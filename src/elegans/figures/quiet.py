@@ -77,9 +77,9 @@ def save_quiet_figures(
             if tasks:
                 drawn["scaling"] = scaling_figure(tables, tasks, published)
             for name, features, across in (("quiet", quiet, 3), ("loud", loud, 4)):
-                some = [feature for feature in features if feature[0] in here]
-                if any(beside(tables, *feature) for feature in some):
-                    drawn[name] = features_figure(tables, some, across)
+                some = {feature: beside(tables, *feature) for feature in features if feature[0] in here}
+                if any(some.values()):
+                    drawn[name] = _features_figure(some, across)
             effects = within(tables.ask(queries.ablation()), catalogue(store, tables)) if "ablate" in tables.names else []
             if effects:
                 drawn["ablation"] = ablation_figure(effects)
@@ -187,10 +187,13 @@ def _scaling_panel(axes: Axes, task: Scaled | None) -> None:
 
 def features_figure(tables: Tables, features: Sequence[tuple[str, str]], across: int) -> Figure:
     """The score of each feature's probe beside its task's loss, both with their change marked, and the verdict."""
+    return _features_figure({feature: beside(tables, *feature) for feature in features}, across)
+
+
+def _features_figure(features: Mapping[Feature, Beside | None], across: int) -> Figure:
     across = min(across, len(features))
     figure, panels = _grid(len(features), across)
-    for axes, (task, feature) in zip(panels, features, strict=True):
-        found = beside(tables, task, feature)
+    for axes, ((task, feature), found) in zip(panels, features.items(), strict=True):
         said = f"\n{found.said} ({found.note})" if found else "\n"
         axes.set_title(f"{task.replace('_', ' ')}: {feature.replace('_', ' ')}{said}", fontsize=6.5)
         (_feature_panel if found else _nothing)(axes, found)

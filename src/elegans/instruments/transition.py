@@ -74,12 +74,6 @@ class Course:
         low, high = decades(bracket(*known, self.level)) if self.level is not None else (0.0, 0.0)
         return (high - low) / 2
 
-    @property
-    def reached(self) -> float | None:
-        """The first recorded step at which a loss is at its plateau: above by no more than 2 % of what it has to fall from there."""
-        plateau = self.least - NEAR * 2 * ((self.level if self.level is not None else math.nan) - self.least)
-        return next((float(s) for s, v in zip(self.steps, self.values, strict=True) if v >= plateau), None)
-
     def at(self, step: float) -> float:
         """The curve between two recorded steps, by their logarithms."""
         return float(np.interp(math.log(max(step, EARLIEST)), np.log(np.maximum(self.steps, EARLIEST)), self.values))
@@ -199,15 +193,15 @@ class Transition(StoreInstrument):
         ahead, behind = (sum(math.isinf(lead.change[end]) for lead in told) for end in (1, 0))
         medians = [among([getattr(lead, name) for lead in told], self.confidence) for name in ("half", "change")]
         row |= dict(zip(("median_low", "median_high", "median_change_low", "median_change_high"), sum(medians, ()), strict=True))
-        row |= {"ahead": ahead, "behind": behind} | self._rest([(a, b) for a, b in pairs if a.step and b.step])
+        row |= {"ahead": ahead, "behind": behind} | self._rest(pairs)
         half, changed = ((m[0] if behind else low, m[1] if ahead else high) for m, (low, high) in zip(medians, (ends, spans), strict=True))
         row["verdict"] = verdict(*half, self.same, ("leads", "lags", "no lead"), float(np.mean(blurs)))
         said = {loudness(*ends, self.same) for ends in (half, changed)}
         return row | {"loudness": said.pop() if len(said) == 1 else "undecided"}
 
-    def _rest(self, both: list[tuple[Course, Course]]) -> dict[str, Any]:
+    def _rest(self, pairs: list[tuple[Course, Course]]) -> dict[str, Any]:
         """Of a feature's rise the part that is done when the loss comes to its plateau, and by how much the rest leads."""
-        found = [rest for loss, seen in both if (rest := _rest_of(loss, seen, self.least))]
+        found = [rest for loss, seen in pairs if (rest := _rest_of(loss, seen, self.least))]
         leads = [lead for _, lead in found if lead is not None]
         row = {"done": float(np.mean([share for share, _ in found])) if found else None, "rests": len(leads)}
         return row | (dict(zip(("rest", "rest_low", "rest_high"), interval(leads, self.confidence), strict=True)) if leads else {})
@@ -302,9 +296,11 @@ def _middle(course: Course) -> float | None:
 
 def _rest_of(loss: Course, seen: Course, least: float) -> tuple[float, float | None] | None:
     """The share of a feature's rise that is done when the loss comes to its plateau, and the lead of half of the rest, if that is much."""
-    if loss.step is None or loss.reached is None or seen.level is None:
+    if loss.step is None or loss.level is None or seen.step is None or seen.level is None:
         return None
-    start, now = seen.values[0], seen.at(loss.reached)
+    near = loss.least - NEAR * 2 * (loss.level - loss.least)  # half-way is the middle of plateau and floor
+    reached = next(step for step, value in zip(loss.steps, loss.values, strict=True) if value >= near)
+    start, now = seen.values[0], seen.at(reached)
     top = 2 * seen.level - start
     step = crossing(seen.steps[: seen.until], seen.values[: seen.until], (now + top) / 2) if top - now > least else None
     return (now - start) / (top - start), math.log10(loss.step / step) if step else None

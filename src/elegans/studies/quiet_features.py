@@ -44,7 +44,7 @@ from elegans.models import Transformer
 from elegans.store import Store
 from elegans.studies import Made, Parts
 from elegans.study import Study
-from elegans.sweeps import grid, replace
+from elegans.sweeps import grid, replace, replace_all
 from elegans.tasks import (
     ActivitySelection,
     Addition,
@@ -136,7 +136,7 @@ def changed(task: Task, fields: dict[str, Any]) -> Run:
 
 TEN, FINE, FINER = (LogSpaced(per_decade=n) for n in (10, 20, 40))
 RECORDED = Record(train=TEN, evaluate=TEN, weights=TEN, examples=1000, by_position=False)
-FINELY = Record(train=TEN, evaluate=FINER, weights=FINE, examples=1000, by_position=False)  # 0.1 decades are told from none
+FINELY = replace_all(RECORDED, {"evaluate": FINER, "weights": FINE})  # 0.1 decades are told from none
 WITHIN = Probe(), Ablate(at="final", draws=16), Transition()
 ACROSS = Probe(at="final"), AcrossCompute()
 PARTS = Parts("quiet_features", lambda make, less: _smaller() if less else make())

@@ -19,7 +19,7 @@ import scipy.sparse
 from elegans.models import Transformer
 from elegans.sources import classes, is_custom
 from elegans.training.cohort import EVALUATIONS, group, resolve
-from elegans.training.cost import Leg, Rates, layers_of, rates_of, seconds, shrink
+from elegans.training.cost import Leg, Rates, layers_of, rates_of, seconds, shrink, training
 from elegans.training.joint import Shared
 from elegans.training.planner import CohortPlan, Segment
 from elegans.training.run import Run
@@ -175,10 +175,9 @@ def _together(plans: list[CohortPlan], rates: Rates) -> list[CohortPlan]:
 
 def _idle(convoy: Convoy, step: int, rates: Rates, others: float) -> float:
     """Rough seconds for which a device waits for programs where a convoy is the first: for its own two, and for those of `others`."""
-    runs, legs = [plan.runs[0] for plan in convoy.plans], [leg for leg in convoy.legs if leg.stop > step]
-    training = [(leg.stop - max(leg.start, step)) * rates.step(zip(runs, leg.sizes, strict=True)) for leg in legs]
-    second = max(0.0, convoy.compiling - training[0]) if len(legs) > 1 else 0.0
-    return convoy.compiling + second + max(0.0, others - sum(training))
+    first, *rest = training([plan.runs[0] for plan in convoy.plans], convoy.legs, rates, step)
+    second = max(0.0, convoy.compiling - first) if rest else 0.0
+    return convoy.compiling + second + max(0.0, others - first - sum(rest))
 
 
 # ---- sharing work out

@@ -97,7 +97,12 @@ def shrink(lengths: Sequence[Sequence[int]], runs: Sequence[Run], rates: Rates) 
     return legs[::-1]
 
 
-def seconds(runs: Sequence[Run], legs: Sequence[Leg], rates: Rates, since: int = 0) -> float:
-    """Seconds that cohorts of runs like these take together from step `since` on, compiling included."""
+def training(runs: Sequence[Run], legs: Sequence[Leg], rates: Rates, since: int = 0) -> list[float]:
+    """Seconds of the steps of every leg that is left from step `since` on, of cohorts of runs like these together."""
     left = [leg for leg in legs if leg.stop > since]
-    return sum((leg.stop - max(leg.start, since)) * rates.step(zip(runs, leg.sizes, strict=True)) + rates.compiling for leg in left)
+    return [(leg.stop - max(leg.start, since)) * rates.step(zip(runs, leg.sizes, strict=True)) for leg in left]
+
+
+def seconds(runs: Sequence[Run], legs: Sequence[Leg], rates: Rates, since: int = 0) -> float:
+    """Seconds that they take together from step `since` on, compiling included."""
+    return sum(steps + rates.compiling for steps in training(runs, legs, rates, since))
