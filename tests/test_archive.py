@@ -8,6 +8,8 @@ import tarfile
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -69,6 +71,20 @@ def test_pieces_merge_and_repeat_nothing(trained, tmp_path):
     assert "2 new" in elegans("merge", tmp_path / "whole", *pieces).out
     assert "0 new" in elegans("merge", tmp_path / "whole", *pieces).out
     assert set(files(tmp_path / "whole", True)) == set(files(store.path, False))
+
+
+def test_results_are_the_same_whoever_wrote_the_file_and_other_ones_are_refused(trained, tmp_path):
+    elegans("archive", trained / "store", tmp_path / "a.tar.xz")
+    elegans("merge", tmp_path / "other", tmp_path / "a.tar.xz")
+    path = Store(tmp_path / "other").cohorts()[0].path / "metrics.parquet"
+    rows = pq.read_table(path)
+    pq.write_table(rows, path)  # as another version might
+    assert path.read_bytes() != (trained / "store" / path.relative_to(tmp_path / "other")).read_bytes()
+    assert "0 new" in elegans("merge", tmp_path / "other", tmp_path / "a.tar.xz").out
+    losses = rows["loss"].to_numpy().copy()
+    losses[-1] = np.nextafter(losses[-1], np.inf)
+    pq.write_table(rows.set_column(rows.column_names.index("loss"), "loss", pa.array(losses, rows.schema.field("loss").type)), path)
+    assert "with other results" in elegans("merge", tmp_path / "other", tmp_path / "a.tar.xz").err
 
 
 def test_rows_measured_with_other_settings_stay_out_and_that_is_said(trained, tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from elegans.errors import StoreError
-from elegans.files import file_digest, replacing
+from elegans.files import replacing, rows_digest
 from elegans.folder import TABLES, Cohort
 from elegans.instruments.noted import Noted
 from elegans.store import FORMAT, Store
@@ -134,4 +134,4 @@ def _add_rows(store: Store, folder: Path) -> list[str]:
 
 def _results(folder: Path) -> dict[str, str]:
     """Digests of a finished cohort's tables."""
-    return {t: file_digest(folder / f"{t}.parquet") for t in TABLES if (folder / f"{t}.parquet").exists()}
+    return {t: rows_digest(folder / f"{t}.parquet") for t in TABLES if (folder / f"{t}.parquet").exists()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -81,7 +82,20 @@ def _mapping(path: Path, text: str, needed: Collection[str] = ()) -> dict[str, A
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file atomically. The same rows give the same bytes."""
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        _write(table, temporary)
+
+
+def _write(table: pa.Table, where: Path | io.BytesIO) -> None:
+    """Measured numbers by bytes of equal weight, since few are alike: three quarters of the space of a dictionary, and of the time."""
+    floats = [column.name for column in table.schema if pa.types.is_floating(column.type)]
+    others = [name for name in table.column_names if name not in floats]
+    pq.write_table(table, where, compression="zstd", use_dictionary=others, use_byte_stream_split=floats, write_page_checksum=True)
+
+
+def rows_digest(path: Path) -> str:
+    """Digest of a Parquet file's rows, whichever version of whatever library wrote them. Raises `StoreError` where it is damaged."""
+    _write(read_table(path), written := io.BytesIO())
+    return hashlib.blake2b(written.getvalue(), digest_size=16).hexdigest()
 
 
 def read_table(path: Path) -> pa.Table:

@@ -182,9 +182,9 @@ def across() -> Made:
 
     Four layers of width 64, batches of 8, trained anew for every quarter of a decade from 1e9 FLOPs to 1e12 (addition) or 1e13 (the other
     tasks with published verdicts, but multiplication), at two learning rates, the better of which counts; 12 seeds; finished networks
-    probed. Cost: 5 structures x 300 to 400 runs, 2.3e15 FLOPs in all; addition alone (`elegans run quiet_features.across_addition`)
-    took two CPU cores, busy with other work, an hour and a half. Expect, from the paper: carry, first_operand, queue and
-    previous_negative before the loss; adjacency, max_ending_here and start_time with it.
+    probed. Cost: 5 structures x 300 to 400 runs, 2.3e15 FLOPs in all, a quarter of an hour of an H100; one task by `task=maximum_subarray`.
+    Addition alone (`elegans run quiet_features.across_addition`) took two CPU cores, busy with other work, an hour and a half. Expect,
+    from the paper: carry, first_operand, queue and previous_negative before the loss; adjacency, max_ending_here and start_time with it.
     """
     tasks = [task for task in TASKS if task.kind in {kind for kind, _ in QUIET + LOUD} and not isinstance(task, Multiplication)]
     return [run for task in tasks for run in _budgets(task)], ACROSS
