@@ -244,6 +244,23 @@ def test_a_rare_feature_is_not_readable_because_a_guess_is_right() -> None:
     assert rare.missing == GUESSED and rare.seen is None
 
 
+def test_reads_that_have_nothing_to_be_read_hide_no_others() -> None:
+    """Reads of which a guess is right count for nothing, however many; a feature of no other reads is still there, too rare."""
+
+    def rise(reads: list[tuple[float, float]]) -> dict[str, float]:
+        """Score by step of reads that rise from a chance to something."""
+        head = {"run": "a", "feature": "component", "site": "embed"}
+        rows = [
+            head | {"step": t, "index": i, "accuracy": a, "chance": c} for i, (c, end) in enumerate(reads) for t, a in ((0, c), (9, end))
+        ]
+        found = duckdb.connect().register("probe", pa.Table.from_pylist(rows, schema=_SCHEMA.append(pa.field("chance", pa.float32()))))
+        return dict(_nested(found.sql(READABLE).to_arrow_table())["a", "component"]["embed"])
+
+    alone = rise([(0.5, 0.75), (0.75, 1.0)])
+    assert alone == {0: 0.625, 9: 0.875} == rise([(0.5, 0.75), (0.75, 1.0), *[(1.0, 1.0)] * 50, (0.995, 1.0)])
+    assert rise([(1.0, 1.0), (0.9921875, 1.0)]) == {0: 0.99609375, 9: 1.0}
+
+
 def test_without_probes_it_asks_of_the_loss_alone(tmp_path, tables) -> None:
     """The loss' rows are those that it has beside probes, bit for bit; a store with neither says what is missing."""
     runs = synthetic.small()

@@ -57,8 +57,8 @@ class AcrossCompute(StoreInstrument):
 
     Table `across_compute`, a row per task, feature and budget: the configuration, its TEST `loss` (nats per scored token)
     and `exact_match`, and of its probes at the end of training, at the site that is best at the largest budget, averaged
-    over reads and labels: `score` (accuracy, or r2 of a number; ceiling 1), `probe_loss` (log loss in nats, or mse), `untrained`,
-    `control` and `chance`. Means over seeds with t intervals from three on; what was not probed is null.
+    over the reads and labels that `transition` takes: `score` (accuracy, or r2 of a number; ceiling 1), `probe_loss` (log loss in
+    nats, or mse), `untrained`, `control` and `chance`. Means over seeds with t intervals from three on; what was not probed is null.
 
     Table `across_compute_lead`, a row per task and feature: FLOPs at which loss and score are half-way for good (the loss from
     plateau to floor, the score from untrained, or else the smallest budget, to the largest budget), and `lead`, log10 of

@@ -33,10 +33,12 @@ from elegans.store import Store
 from elegans.tasks import Task
 from elegans.training.run import differing, holder, is_seed
 
+RARE = 0.99  # share of guesses that are right from which on there is nothing left to be read: many such reads would hide the rest
 # columns that earlier versions of the probe did not write are null
-PROBES = """(from probe union all by name
+PROBES = f"""(from (from probe union all by name
 select null::integer as label, null::float as r2, null::float as mse, null::float as control, null::float as untrained,
-  null::float as chance where false)"""
+  null::float as chance where false) where true
+qualify chance is null or chance <= {RARE} or min(chance) over (partition by run, feature) > {RARE})"""
 # in an order of its own, sums included: rows that arrive in another order must give the same bits, and ties the same site
 SCORE = "coalesce(accuracy, case when r2 < 0 then 0 else r2 end)"  # worse than the mean is as good as nothing, however much worse
 READABLE = f"""select run, feature, site, step, list_avg(list({SCORE}::double order by "index", label)) as score,
@@ -93,15 +95,15 @@ class Course:
 class Transition(StoreInstrument):
     """When the loss falls, when a feature becomes readable, and which came first.
 
-    Per run, table `transition`: `loss_step`, the step at which validation loss has fallen half-way from the
-    plateau to the floor for good; `feature_step`, the step at which the probes' score (accuracy; r2 of a number),
-    averaged over reads and labels (r2 below 0 as 0) at the site that is best at the end, has risen half-way from untrained to its
-    end; `lead` = log10(loss_step / feature_step), in decades of training steps (the same as decades of FLOPs), positive where the
-    feature came first. What is forgotten was readable all the same: where three recordings in a row were all better than the end
-    by more than `least`, half-way is to the worst of the best three, at the site where it is best, and what comes after them does
-    not count. Missing where the run never learned, the probe never rose by `least`, or step 0 was not probed. Steps lie
-    between recorded ones, so a lead is no finer than the spacing of evaluations and recorded weights. A run without probes has one
-    row, without a feature; and where none has any, this instrument asks of the loss alone.
+    Per run, table `transition`: `loss_step`, the step at which validation loss has fallen half-way from the plateau to the floor for
+    good; `feature_step`, the step at which the probes' score (accuracy; r2 of a number), averaged over reads and labels (r2 below 0 as 0;
+    those left out, unless all are such, of which a guess is right in more than 99 of 100 cases) at the site that is best at the end, has
+    risen half-way from untrained to its end; `lead` = log10(loss_step / feature_step), in decades of training steps (the same as decades
+    of FLOPs), positive where the feature came first. What is forgotten was readable all the same: where three recordings in a row were
+    all better than the end by more than `least`, half-way is to the worst of the best three, at the site where it is best, and what comes
+    after them does not count. Missing where the run never learned, the probe never rose by `least`, or step 0 was not probed. Steps lie
+    between recorded ones, so a lead is no finer than the spacing of evaluations and recorded weights. A run without probes has one row,
+    without a feature; and where none has any, this instrument asks of the loss alone.
 
     Per group of runs that differ by seed alone, table `lead`: mean, interval over seeds, and the verdict: leads,
     lags (the whole interval farther from zero than half of the distance between the recorded steps, which all seeds share, may move it),
