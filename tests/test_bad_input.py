@@ -323,6 +323,12 @@ def test_columns_of_one_name_are_told_apart(tmp_path):
     assert said == ["a", "a_1", "x", "y"]
 
 
+def test_a_query_sees_the_tables_that_it_names_and_all_where_it_names_none(tmp_path):
+    store = synthetic.make(tmp_path / "store", synthetic.small()[:2], tables=("metrics", "probe"))
+    assert store.sql("select run from METRICS natural join Runs").num_rows == store.table("metrics").num_rows
+    assert set(store.sql("show tables")["name"].to_pylist()) == {*store.tables()} == {"runs", "metrics", "probe"}
+
+
 def test_no_runs_are_refused(tmp_path):
     with pytest.raises(el.Invalid, match=r"a list of elegans\.Run, one at least"):
         el.train([], tmp_path / "store")

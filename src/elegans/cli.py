@@ -98,11 +98,13 @@ def run(
     from elegans.loading import load_study, parse_overrides, parse_share
     from elegans.progress import Display
     from elegans.study import check_study, run_study
+    from elegans.training.planner import uncollected
 
     _load(with_)
-    asked = load_study(study, small).override(parse_overrides(overrides or []))
-    folder = store or Path("runs") / asked.name
-    asked = asked.within(max_budget).best(folder, best)
+    with uncollected():
+        found = load_study(study, small)
+        folder = store or Path("runs") / found.name
+        asked = found.asked(parse_overrides(overrides or []), max_budget, folder, best)
     asked = asked if share is None else asked.share(*parse_share(share))
     options: dict[str, Any] = {"device": device, "memory": memory, "again": again, "resume": resume}
     if plan:

@@ -116,7 +116,7 @@ def prepare(
     if not again:
         _check_code(stored, runs)
     kept = [c for c in stored if c not in discarded]
-    present = {line["run"] for c in kept for line in c.lines()}
+    present = {run for c in kept for run in c.ids()}
     missing = [run for run in runs if run.id not in present]
     _check_parents(kept, missing)
     check_custom(run.task for run in missing)
@@ -132,12 +132,12 @@ def _holding(store: str | Path, runs: Sequence[Run]) -> list[Cohort]:
     if not (Path(store) / "format.json").exists():
         return []
     wanted = {run.id for run in runs}
-    return [c for c in Store(store).cohorts() if wanted & {line["run"] for line in c.lines()}]
+    return [c for c in Store(store).cohorts() if wanted & c.ids()]
 
 
 def _discard(store: str | Path, stored: Sequence[Cohort], runs: Sequence[Run]) -> list[Cohort]:
     wanted = {run.id for run in runs}
-    others = [line["run"] for c in stored for line in c.lines() if line["run"] not in wanted]
+    others = [run for c in stored for run in c.ids() if run not in wanted]
     if others:
         raise StoreError(f"{store}: --again would also discard {len(others)} runs that are not in this study; use another --store")
     return list(stored)
@@ -169,7 +169,7 @@ def _check_code(stored: Sequence[Cohort], runs: Sequence[Run]) -> None:
 
 def _check_parents(stored: Sequence[Cohort], runs: Sequence[Run]) -> None:
     """Raises `StoreError` where runs go on from finished ones of which the store keeps no weights."""
-    homes = {line["run"]: cohort for cohort in stored if cohort.status()["finished"] for line in cohort.lines()}
+    homes = {run: cohort for cohort in stored if cohort.status()["finished"] for run in cohort.ids()}
     read: dict[Any, dict[str, np.ndarray]] = {}
     for run in runs:
         if run.after is not None and run.after.id in homes:
@@ -209,7 +209,7 @@ def _train(store: Store, cohorts: Sequence[Cohort], convoy: Convoy, ahead: Ahead
     kept = bool(convoy.runs[0].kept_steps)
     ends = [{s.stop for s in plan.segments} if kept else {plan.steps} for plan in convoy.plans]
     began, spent = time.perf_counter(), dict.fromkeys(("training", "compiling", "ahead"), 0.0)
-    homes = {line["run"]: cohort for cohort in store.cohorts() for line in cohort.lines()} if depth(convoy.runs[0]) else {}
+    homes = {run: cohort for cohort in store.cohorts() for run in cohort.ids()} if depth(convoy.runs[0]) else {}
     inherit = functools.partial(inherit_from, homes, convoy.runs) if homes else None
     for event in train_convoy(convoy, ahead, step, states, inherit):
         late, now = time.monotonic() > until, time.monotonic()

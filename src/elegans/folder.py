@@ -47,7 +47,7 @@ class Cohort:
 
     def specs(self) -> list[Run]:
         """The runs, in slot order. Custom components must have been imported by the user."""
-        return [specs.from_dict(Run, line["spec"] | {"label": line["label"]}) for line in self.lines()]
+        return [_run(line) for line in self.lines()]
 
     def first(self) -> Run:
         """The first run as the engine sees it: its shapes are every run's."""
@@ -59,7 +59,7 @@ class Cohort:
 
     def plan(self) -> CohortPlan:
         """The stored plan."""
-        runs = {line["run"]: run for line, run in zip(self.lines(), self.specs(), strict=True)}
+        runs = {line["run"]: _run(line) for line in self.lines()}
         return CohortPlan.from_dict(read_json(self.path / "plan.json"), runs)
 
     def status(self) -> dict[str, Any]:
@@ -210,6 +210,10 @@ def resumed(cohorts: Sequence[Cohort], convoy: Convoy, device: jax.Device) -> tu
             like = Programs(plan.runs[:size], device, plan.devices).states_like
             states[i] = arrays_to_state(cohorts[i].first(), state[1], like)
     return min(steps), states or None
+
+
+def _run(line: dict[str, Any]) -> Run:
+    return specs.from_dict(Run, line["spec"] | {"label": line["label"]})
 
 
 def _step(path: Path) -> int:

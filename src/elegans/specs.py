@@ -304,10 +304,14 @@ def find_kind(base: type[Spec], kind: Any) -> type[Spec]:
 
 def to_dict(value: Any) -> Any:
     """Plain JSON data of a spec. Options that are off as they are by default are left out, so new ones keep old ids."""
-    if isinstance(value, Spec):
-        kept = [i for i in value.infos.values() if i.role != "note" and not (i.default is None and getattr(value, i.name) is None)]
-        return {"kind": value.kind, **{i.name: to_dict(getattr(value, i.name)) for i in kept}}
-    return [to_dict(v) for v in value] if isinstance(value, tuple) else value
+    if not isinstance(value, Spec):
+        return [to_dict(v) for v in value] if isinstance(value, tuple) else value
+    data: dict[str, Any] = {"kind": value.kind}
+    for info in value.infos.values():
+        inner = getattr(value, info.name)
+        if info.role != "note" and not (inner is None and info.default is None):
+            data[info.name] = to_dict(inner)
+    return data
 
 
 def flat(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -316,7 +320,7 @@ def flat(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in spec.items():
         if isinstance(value, dict):
             columns[prefix + name] = value["kind"]
-            columns |= {k: v for k, v in flat(value, f"{prefix}{name}.").items() if not k.endswith(".kind")}
+            columns |= flat(value, f"{prefix}{name}.")
         elif name != "kind":
             columns[prefix + name] = json.dumps(value) if isinstance(value, list) else value
     return columns

@@ -37,7 +37,7 @@ import pyarrow.compute as pc
 
 from elegans import specs
 from elegans.errors import Invalid, StoreError
-from elegans.files import locked, read_json, read_table, write_json, write_table, write_text
+from elegans.files import has_columns, locked, read_json, read_table, write_json, write_table, write_text
 from elegans.folder import TABLES, Cohort
 from elegans.sources import code_of, custom_files
 from elegans.training.cost import flops_per_step, parameters
@@ -198,18 +198,23 @@ class Store:
             return self.runs()
         if name == "timings":
             return pa.Table.from_pylist([row for cohort in self.cohorts() for row in cohort.timings()])
-        paths = [(p, cohort.id) for cohort in self.cohorts() for p in cohort.parts(name)]
-        paths = paths if name in TABLES else [(p, p.stem) for p in self._row_files(name)]
         elsewhere = self._told_elsewhere()
-        tables = [_without(read_table(p), elsewhere.get(cohort)) for p, cohort in paths]
+        tables = [_without(read_table(p), elsewhere.get(cohort)) for p, cohort in self._files(name)]
         return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+
+    def _files(self, name: str) -> list[tuple[Path, str]]:
+        """The Parquet files of a table, each with the cohort of which it tells."""
+        own = ((p, cohort.id) for cohort in self.cohorts() for p in cohort.parts(name))
+        return list(own) if name in TABLES else [(p, p.stem) for p in self._row_files(name)]
 
     def _row_files(self, name: str) -> list[Path]:
         return sorted((self.path / "rows" / name).glob("*.parquet"))
 
     def has(self, name: str) -> bool:
         """Whether a table has rows."""
-        return self.knows(name) and self.table(name).num_columns > 0
+        if name in ("runs", "timings"):
+            return self.table(name).num_columns > 0
+        return self.knows(name) and any(has_columns(path) for path, _ in self._files(name))
 
     def knows(self, name: str) -> bool:
         """Whether there is a table of this name, with rows or without."""
@@ -221,11 +226,7 @@ class Store:
 
     def tables(self) -> list[str]:
         """Names of the tables that have rows."""
-        return list(self._tables())
-
-    def _tables(self) -> dict[str, pa.Table]:
-        found = {name: self.table(name) for name in self._names()}
-        return {name: rows for name, rows in found.items() if rows.num_columns}
+        return [name for name in self._names() if self.has(name)]
 
     def add_rows(self, instrument: str, part: str, table: pa.Table) -> None:
         """Keep what an instrument measured of one cohort (or of all: part "store").
@@ -240,14 +241,16 @@ class Store:
     def sql(self, query: str) -> pa.Table:
         """Answer a DuckDB query over the tables. Columns with dots need quotes: "optim.lr". Raises `StoreError`."""
         connection = duckdb.connect(config={"enable_external_access": False})
-        tables = self._tables()
+        named = [name for name in self._names() if name.lower() in query.lower()]  # reading the others takes longer than the answer
+        tables = {name: self.table(name) for name in named or self._names()}  # none is named: it may ask which there are
         try:
             for name, rows in tables.items():
-                connection.register(name, rows)
+                if rows.num_columns:
+                    connection.register(name, rows)
             return _distinct(connection.sql(query).to_arrow_table())
         except (duckdb.Error, AttributeError) as error:
             reason = str(error).splitlines()[0] if not isinstance(error, AttributeError) else "not a query that returns rows"
-            raise StoreError(f"sql: {reason}; tables: {', '.join(tables)}") from None
+            raise StoreError(f"sql: {reason}; tables: {', '.join(self.tables())}") from None
         finally:
             connection.close()
 

@@ -26,7 +26,7 @@ from elegans.tasks.checks import check_custom
 from elegans.training.cohort import group, resolve
 from elegans.training.convoy import divide
 from elegans.training.cost import flops_per_step
-from elegans.training.run import Run, unseeded
+from elegans.training.run import SEEDS, Run, unseeded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,16 @@ class Study:
         if not kept:
             raise Invalid("best", most, f"allowed: where {path} has finished runs of {self.name}, with validation losses")
         return dataclasses.replace(self, runs=kept)
+
+    def asked(self, axes: Mapping[str, Sequence[Any]], flops: float | None, path: str | Path, most: int | None) -> Study:
+        """The study overridden, then within so many FLOPs, then the best of it in a store. Raises `Invalid` or `StoreError`.
+
+        Seeds alone are replaced last, in the few runs that are left, and these are the same in the same order: what a run costs and which
+        configurations are best does not hang on them.
+        """
+        if axes.keys() <= set(SEEDS) and all(run.after is None for run in self.runs):  # of a parent that is left out none are replaced
+            return self.within(flops).best(path, most).override(axes)
+        return self.override(axes).within(flops).best(path, most)
 
     def share(self, part: int, parts: int) -> Study:
         """One of several parts, counted from 1, that take about equally long: whole structures, unless halves of a costly one are quicker.

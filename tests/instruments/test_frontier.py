@@ -83,6 +83,19 @@ def test_a_study_is_cut_to_the_best_of_a_store(store) -> None:
         more.best(store.path / "none", 1)
 
 
+def test_what_is_asked_of_a_study_is_as_if_it_were_overridden_first(store) -> None:
+    """The same runs in the same order, with repetitions, with seeds that do not belong, and where a parent is too costly to stay."""
+    run = store.cohorts()[0].specs()[0]
+    runs = grid(run, {"seed": [0, 7, 0], "flops": [1e9, 1e10], "model.d_model": [8, 16]})
+    parents = grid(run, {"flops": [1e10], "seed": [0, 1], "record.weights": [None]})
+    heirs = [dataclasses.replace(run, flops=1e9, after=parent) for parent in parents]
+    for study, most in ((Study(runs=runs, keep=lambda run: run.seed != 6), 1), (Study(runs=parents + heirs), None)):
+        for axes in ({}, {"seed": [5, 6]}, {"data_seed": [3, 4], "seed": [7, 7]}, {"seed": [5, 6], "record.examples": [7, 9]}):
+            for budget in (5e9, None):
+                found, plain = study.asked(axes, budget, store.path, most), study.override(axes).within(budget).best(store.path, most)
+                assert [run.id for run in found.runs] == [run.id for run in plain.runs]
+
+
 def test_more_seeds_of_the_best_leave_it_where_it_was() -> None:
     """The seeds by which they were compared go on to decide who comes first."""
     three = [ended(name, s, loss) for name, loss in (("a", 0.5), ("b", 0.6)) for s in range(3)]

@@ -258,14 +258,14 @@ class Given(Store):
     def __init__(self, **tables):
         self.given = {name: pa.Table.from_pylist(rows) for name, rows in tables.items()}
 
-    def knows(self, name):
+    def has(self, name):
         return name in self.given
 
     def table(self, name):
         return self.given[name]
 
-    def _tables(self):
-        return self.given
+    def _names(self):
+        return list(self.given)
 
 
 def at_end(runs, **values):

@@ -16,7 +16,7 @@ from elegans.randomness import stable_hash
 from elegans.specs import identity
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import LENGTHS, is_seed, unseeded
+from elegans.training.run import LENGTHS, is_seed
 
 FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
 from metrics group by run, split order by run, split"""  # the last scores that are not null
@@ -105,28 +105,35 @@ def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
     One of those that differ in nothing but what they record: they are one training, not two seeds. It is one that kept weights, if there
     is such a one, since only these can be probed.
     """
+    return _ended(store, store.lines())
+
+
+def _ended(store: Store, lines: list[dict[str, Any]]) -> tuple[list[Ended], dict[str, Task]]:
     scores: dict[str, dict[str, tuple[float, float]]] = {}
     for row in store.sql(FINAL).to_pylist() if store.has("metrics") else []:
         if row["loss"] is not None:
             scores.setdefault(row["run"], {})[row["split"]] = (row["loss"], row["exact_match"])
     ended: dict[tuple[str, float, str, str], tuple[bool, Ended]] = {}  # by all that a training is; whether weights are missing
     tasks: dict[str, Task] = {}
+    read: dict[str, Task] = {}
     diverged = {run for cohort in store.cohorts() for run in cohort.status()["diverged"]}
     lost: set[tuple[str, float, str]] = set()  # configurations that diverged
-    for line in store.lines():
+    for line in lines:
         found = scores.get(line["run"], {})
-        task = specs.from_dict(Task, line["spec"]["task"])
+        said = json.dumps(line["spec"]["task"])  # thousands of runs say the same
+        task = read[said] = read[said] if said in read else specs.from_dict(Task, line["spec"]["task"])
         name = task.kind if tasks.setdefault(task.kind, task) == task else f"{task.kind} {identity(task)}"
         tasks[name] = task
         budget = line["spec"].get("flops") or line["length"] * line["flops_per_step"]
-        fields = configuration(line["spec"])
+        given = specs.flat(line["spec"])
+        fields = _configuration(given)
         every = json.dumps({k: v for k, v in fields.items() if k not in LENGTHS}, sort_keys=True)
         if line["run"] in diverged:
             lost.add((name, budget, every))
         elif {"validation", "test"} <= set(found):
             scored = (found["validation"][0], *found["test"])
             model = json.dumps(line["spec"]["model"], sort_keys=True)
-            seeds = json.dumps({k: v for k, v in specs.flat(line["spec"]).items() if is_seed(k)}, sort_keys=True)
+            seeds = json.dumps({k: v for k, v in given.items() if is_seed(k)}, sort_keys=True)
             one = Ended(name, budget, _shown(fields), line["run"], *scored, seeds, model, every)
             run = line["spec"]["record"].get("weights") is None, one
             ended[name, budget, every, seeds] = min(run, ended.get((name, budget, every, seeds), run), key=lambda r: (r[0], r[1].run))
@@ -136,8 +143,9 @@ def ended_runs(store: Store) -> tuple[list[Ended], dict[str, Task]]:
 
 def leading(store: Store, most: int) -> set[str]:
     """The first so many configurations of every task and budget, see `key`."""
-    ended, tasks = ended_runs(store)
-    specs_of = {line["run"]: line["spec"] for line in store.lines()}
+    lines = store.lines()
+    ended, tasks = _ended(store, lines)
+    specs_of = {line["run"]: line["spec"] for line in lines}
     found = [by_budget([e for e in ended if e.task == name]).values() for name in tasks]
     best = [c.compared[0].run for budgets in found for candidates in budgets for c in ranked(candidates)[:most]]
     return {key(specs_of[run]) for run in best}
@@ -145,12 +153,12 @@ def leading(store: Store, most: int) -> set[str]:
 
 def key(spec: dict[str, Any]) -> str:
     """Equal of runs of one configuration at one budget."""
-    return json.dumps(configuration(spec), sort_keys=True)
+    return json.dumps(_configuration(specs.flat(spec)), sort_keys=True)
 
 
-def configuration(spec: dict[str, Any]) -> dict[str, Any]:
-    """The dotted fields of a run's plain data but for seeds and what is recorded: one configuration at one budget."""
-    return {k: v for k, v in unseeded(spec).items() if not k.startswith("record")}
+def _configuration(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's dotted fields those but for seeds and what is recorded: one configuration at one budget."""
+    return {k: v for k, v in fields.items() if not (k.startswith("record") or is_seed(k))}
 
 
 def _shown(fields: dict[str, Any]) -> str:

@@ -89,6 +89,7 @@ SEEDS = ("seed", "data_seed", "init_seed")
 LENGTHS = ("steps", "examples", "epochs", "flops")  # a run gives exactly one
 
 
+@functools.cache
 def is_seed(name: str) -> bool:
     """Whether a dotted field is a seed, the run's or a parent's."""
     return name.split(".")[-1] in SEEDS
