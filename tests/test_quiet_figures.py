@@ -1,5 +1,7 @@
 """The figures of the quiet-features page draw the rows, mark what changed where, and say plainly what was not measured."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow.csv
 import pytest
@@ -90,6 +92,10 @@ def test_a_feature_across_compute_is_drawn_from_its_rows(grid) -> None:
     bars = [list(line.get_xdata()) for line in panel.lines]
     assert [1e12, 1e13] in bars and [1e10, 1e11] in bars
     np.testing.assert_allclose(score.lines[0].get_ydata(), found.score.mean)
+    for untrained in (0.5, None):  # a key is of what is drawn
+        drawn = quiet._features_figure({("addition", "carry"): dataclasses.replace(found, untrained=untrained)}, 1)
+        keys = [text.get_text() for text in drawn.legends[0].get_texts()]
+        assert ("untrained" in keys) == (untrained is not None) and "task loss" in keys
 
 
 def test_a_feature_within_runs_is_drawn_against_the_flops_of_its_steps(within) -> None:

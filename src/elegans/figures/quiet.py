@@ -197,7 +197,9 @@ def _features_figure(features: Mapping[Feature, Beside | None], across: int) -> 
         said = f"\n{found.said} ({found.note})" if found else "\n"
         axes.set_title(f"{task.replace('_', ' ')}: {feature.replace('_', ' ')}{said}", fontsize=6.5)
         (_feature_panel if found else _nothing)(axes, found)
-    keys = [("task loss", style.GREY, "-", 1), ("probe score (accuracy, or r2)", style.BLUE, "-", 1), ("untrained", style.BLUE, ":", 1)]
+    known = any(found and found.untrained is not None for found in features.values())  # probes at the end alone do not know
+    untrained = [("untrained", style.BLUE, ":", 1)] if known else []
+    keys = [("task loss", style.GREY, "-", 1), ("probe score (accuracy, or r2)", style.BLUE, "-", 1), *untrained]
     bars = [("where the loss changes", style.GREY, "-", 4), ("where the probe changes", style.BLUE, "-", 4)]
     return _finish(figure, [*keys, *bars], across)
 
