@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -19,6 +20,8 @@ import safetensors
 import safetensors.numpy
 
 from elegans.errors import StoreError
+
+_hash = functools.partial(hashlib.blake2b, digest_size=16)
 
 
 @contextlib.contextmanager
@@ -86,7 +89,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def _write(table: pa.Table, where: Path | io.BytesIO) -> None:
-    """Measured numbers by bytes of equal weight, since few are alike: three quarters of the space of a dictionary, and of the time."""
+    """Floats byte by byte, all first bytes, then all second ones, since few numbers are alike: three quarters of a dictionary's space."""
     floats = [column.name for column in table.schema if column.type in (pa.float32(), pa.float64())]  # DuckDB reads no others so
     others = [name for name in table.column_names if name not in floats]
     pq.write_table(table, where, compression="zstd", use_dictionary=others, use_byte_stream_split=floats, write_page_checksum=True)
@@ -95,7 +98,7 @@ def _write(table: pa.Table, where: Path | io.BytesIO) -> None:
 def rows_digest(path: Path) -> str:
     """Digest of a Parquet file's rows, whichever version of whatever library wrote them. Raises `StoreError` where it is damaged."""
     _write(read_table(path), written := io.BytesIO())
-    return hashlib.blake2b(written.getvalue(), digest_size=16).hexdigest()
+    return _hash(written.getvalue()).hexdigest()
 
 
 def read_table(path: Path) -> pa.Table:
@@ -152,7 +155,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _digest(arrays: dict[str, np.ndarray], notes: dict[str, str]) -> str:
-    state = hashlib.blake2b(json.dumps(notes, sort_keys=True).encode(), digest_size=16)
+    state = _hash(json.dumps(notes, sort_keys=True).encode())
     for name in sorted(arrays):
         state.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         state.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
@@ -162,7 +165,7 @@ def _digest(arrays: dict[str, np.ndarray], notes: dict[str, str]) -> str:
 def file_digest(path: Path) -> str:
     """Digest of a file's bytes."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, _hash).hexdigest()
 
 
 @contextlib.contextmanager

@@ -226,6 +226,6 @@ def draw_study(study: Study, path: str | Path, folder: str | Path) -> list[Path]
 
 def _drawn(study: Study, store: Store) -> list[Run]:
     """The runs of a store that are a study's but for their seeds, under its labels."""
-    labels = {json.dumps(unseeded(specs.to_dict(run)), sort_keys=True): run.label for run in study.runs}
-    found = [(line["spec"], json.dumps(unseeded(line["spec"]), sort_keys=True)) for line in store.lines()]
+    labels = {json.dumps(unseeded(specs.flat(specs.to_dict(run))), sort_keys=True): run.label for run in study.runs}
+    found = [(line["spec"], json.dumps(unseeded(specs.flat(line["spec"])), sort_keys=True)) for line in store.lines()]
     return [specs.from_dict(Run, spec | {"label": labels[like]}) for spec, like in found if like in labels]

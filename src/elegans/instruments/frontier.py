@@ -16,7 +16,7 @@ from elegans.randomness import stable_hash
 from elegans.specs import identity
 from elegans.store import Store
 from elegans.tasks import Task
-from elegans.training.run import LENGTHS, is_seed
+from elegans.training.run import LENGTHS, is_seed, unseeded
 
 FINAL = """select run, split, arg_max(loss, step) as loss, arg_max(exact_match, step) as exact_match
 from metrics group by run, split order by run, split"""  # the last scores that are not null
@@ -121,7 +121,9 @@ def _ended(store: Store, lines: list[dict[str, Any]]) -> tuple[list[Ended], dict
     for line in lines:
         found = scores.get(line["run"], {})
         said = json.dumps(line["spec"]["task"])  # thousands of runs say the same
-        task = read[said] = read[said] if said in read else specs.from_dict(Task, line["spec"]["task"])
+        if said not in read:
+            read[said] = specs.from_dict(Task, line["spec"]["task"])
+        task = read[said]
         name = task.kind if tasks.setdefault(task.kind, task) == task else f"{task.kind} {identity(task)}"
         tasks[name] = task
         budget = line["spec"].get("flops") or line["length"] * line["flops_per_step"]
@@ -158,7 +160,7 @@ def key(spec: dict[str, Any]) -> str:
 
 def _configuration(fields: dict[str, Any]) -> dict[str, Any]:
     """Of a run's dotted fields those but for seeds and what is recorded: one configuration at one budget."""
-    return {k: v for k, v in fields.items() if not (k.startswith("record") or is_seed(k))}
+    return {k: v for k, v in unseeded(fields).items() if not k.startswith("record")}
 
 
 def _shown(fields: dict[str, Any]) -> str:

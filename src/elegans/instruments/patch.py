@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from elegans.instruments.base import Blocks, Layout, ReplicaInstrument, those
 from elegans.instruments.patterns import NOWHERE, as_map, heads_of, ideals, maps_of, names_of
-from elegans.specs import field, spec, to_dict
+from elegans.specs import field, flat, spec, to_dict
 from elegans.tasks.sampling import TaskData, draw_set
 from elegans.training.run import Run, unseeded
 from elegans.training.step import scores
@@ -81,7 +81,7 @@ class Patch(ReplicaInstrument):
             last = {run: i for i, (run, _) in sorted(enumerate(networks), key=lambda n: n[1][1])}
             return [last[run] for run, _ in networks]
         alike: dict[tuple[int, str], list[int]] = {}
-        groups = {i: json.dumps(unseeded(to_dict(run)), sort_keys=True) for i, run in runs.items()}
+        groups = {i: json.dumps(unseeded(flat(to_dict(run))), sort_keys=True) for i, run in runs.items()}
         for i, (run, step) in enumerate(networks):
             alike.setdefault((step, groups[run]), []).append(i)
         following = {i: j for same in alike.values() if len(same) > 1 for i, j in zip(same, same[1:] + same[:1], strict=True)}

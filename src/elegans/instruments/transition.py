@@ -35,9 +35,9 @@ from elegans.training.run import differing, holder, is_seed
 
 RARE = 0.99  # share of guesses that are right from which on there is nothing left to be read: many such reads would hide the rest
 # columns that earlier versions of the probe did not write are null
-PROBES = f"""(from (from probe union all by name
+PROBES = f"""(select * from (from probe union all by name
 select null::integer as label, null::float as r2, null::float as mse, null::float as control, null::float as untrained,
-  null::float as chance where false) where true
+  null::float as chance where false)
 qualify chance is null or chance <= {RARE} or min(chance) over (partition by run, feature) > {RARE})"""
 # in an order of its own, sums included: rows that arrive in another order must give the same bits, and ties the same site
 SCORE = "coalesce(accuracy, case when r2 < 0 then 0 else r2 end)"  # worse than the mean is as good as nothing, however much worse

@@ -13,7 +13,7 @@ import numpy as np
 
 from elegans.errors import Invalid
 from elegans.models import Model
-from elegans.specs import INT_LIMIT, Spec, field, flat, get, identity, note, spec, varies
+from elegans.specs import INT_LIMIT, Spec, field, get, identity, note, spec, varies
 from elegans.tasks import Task
 from elegans.training.optimisers import AdamW, Optimizer
 from elegans.training.step import Update
@@ -95,9 +95,9 @@ def is_seed(name: str) -> bool:
     return name.split(".")[-1] in SEEDS
 
 
-def unseeded(spec: dict[str, Any]) -> dict[str, Any]:
-    """The dotted fields of a run's plain data but for seeds: equal of runs that differ in seeds alone, their own or their parents'."""
-    return {name: value for name, value in flat(spec).items() if not is_seed(name)}
+def unseeded(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's dotted fields those that are no seeds: equal of runs that differ in seeds alone, their own or their parents'."""
+    return {name: value for name, value in fields.items() if not is_seed(name)}
 
 
 def holder(fields: Mapping[str, Any], name: str) -> str | None:
